@@ -1,0 +1,143 @@
+"""Putting prompts on a timm model: `wrap` for an instance, `create_model` for a name."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+from torch import nn
+
+from . import blocks
+from .checks import require, require_choice, require_int
+from .config import PromptConfig, Savings, TCPAConfig, VPTConfig
+from .model import Normalization, PromptedViT
+from .ops import IMPLS, Impl
+
+_log = logging.getLogger("tcpa")
+
+
+def wrap(
+    backbone: nn.Module,
+    config: PromptConfig | None,
+    *,
+    num_classes: int | None = None,
+    savings: Savings | None = None,
+    impl: Impl = "auto",
+    normalization: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> PromptedViT:
+    """Freeze a timm Vision Transformer and put trained prompts on it.
+
+    The instance is taken over: its weights are frozen, its head is replaced when `num_classes` is
+    given, and it stays in evaluation mode. Other instances and timm itself are not touched.
+
+    Args:
+        backbone: a timm `VisionTransformer` or `Eva` model.
+        config: `TCPAConfig` (TCPA), `VPTConfig` (VPT-Shallow, VPT-Deep, VFPT) or None (linear probe).
+        num_classes: classes of a fresh linear head; None keeps the model's own head.
+        savings: work left out without changing the result; all by default.
+        impl: implementation of the operations: "auto", "triton" or "reference".
+        normalization: channel mean and standard deviation of the images, for the record; the
+            backbone's own by default.
+
+    Returns:
+        A module with `logits = model(images)`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, or the architecture is not covered; the
+            message says why.
+        RuntimeError: `impl="triton"` cannot run where the backbone is.
+    """
+    _check_backbone(backbone)
+    if config is not None and not isinstance(config, TCPAConfig | VPTConfig):
+        got = type(config).__name__
+        raise TypeError(f"config: got {got}, expected TCPAConfig, VPTConfig or None; create one")
+    if savings is not None and not isinstance(savings, Savings):
+        raise TypeError(f"savings: got {type(savings).__name__}, expected Savings; create one")
+    require_choice("impl", impl, IMPLS)
+    if num_classes is not None:
+        require_int("num_classes", num_classes, 1)
+    if isinstance(config, TCPAConfig):
+        config = _fit_to_backbone(config, backbone)
+    record = _normalization(backbone, normalization)
+    model = PromptedViT(
+        backbone, config, savings=savings or Savings(), impl=impl, normalization=record
+    )
+    if impl == "triton":
+        _ = model.implementation
+    if num_classes is not None:
+        model.reset_classifier(num_classes)
+    return model
+
+
+def create_model(
+    name: str,
+    *,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    tcpa: PromptConfig | None = None,
+    savings: Savings | None = None,
+    impl: Impl = "auto",
+    normalization: tuple[Sequence[float], Sequence[float]] | None = None,
+    **timm_arguments: Any,
+) -> PromptedViT:
+    """Create a timm model by name and put trained prompts on it.
+
+    Args:
+        name: timm model name, with or without a weight tag.
+        pretrained: load timm's weights.
+        num_classes: classes of a fresh linear head.
+        tcpa: the prompt method; None for a linear probe.
+        savings, impl, normalization: as in `wrap`.
+        timm_arguments: passed to `timm.create_model` (`img_size`, `checkpoint_path`, ...).
+
+    Raises:
+        ValueError: timm does not know the model, or its architecture is not covered.
+    """
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
+        hint = f"did you mean one of {near}?" if near else "timm.list_models() lists them"
+        raise ValueError(f"name: got {name!r}, expected a timm model; {hint}")
+    backbone = timm.create_model(name, pretrained=pretrained, **timm_arguments)
+    return wrap(
+        backbone,
+        tcpa,
+        num_classes=num_classes,
+        savings=savings,
+        impl=impl,
+        normalization=normalization,
+    )
+
+
+def _check_backbone(backbone: nn.Module) -> None:
+    if isinstance(backbone, PromptedViT):
+        raise ValueError("backbone: got a wrapped model, expected a timm model; wrap it only once")
+    if not isinstance(backbone, nn.Module):
+        got = type(backbone).__name__
+        raise TypeError(f"backbone: got {got}, expected a timm model; see timm.create_model")
+    reason = blocks.unsupported_reason(backbone)
+    if reason is not None:
+        raise ValueError(f"backbone: {reason}; use one of timm's {blocks.SUPPORTED}")
+
+
+def _fit_to_backbone(config: TCPAConfig, backbone: Any) -> TCPAConfig:
+    """Drop the CLS pool on a model without prefix tokens; nothing could ever select from it."""
+    if backbone.num_prefix_tokens > 0 or config.cls_pool_size == 0:
+        return config
+    _log.info("the backbone has no prefix tokens: the CLS pool is dropped")
+    return dataclasses.replace(config, cls_pool_size=0, cls_top_k=0)
+
+
+def _normalization(
+    backbone: Any, given: tuple[Sequence[float], Sequence[float]] | None
+) -> Normalization:
+    if given is None:
+        cfg = getattr(backbone, "pretrained_cfg", None) or {}
+        given = (cfg.get("mean", (0.5, 0.5, 0.5)), cfg.get("std", (0.5, 0.5, 0.5)))
+    lengths = [len(values) for values in given]
+    channels = backbone.patch_embed.proj.weight.shape[1]
+    fits = lengths == [channels, channels] and all(s > 0 for s in given[1])
+    expected = f"{channels} means and {channels} positive standard deviations"
+    require(fits, "normalization", given, expected, "pass (mean, std)")
+    mean, std = (tuple(float(v) for v in values) for values in given)
+    return Normalization(mean, std)

@@ -1,0 +1,97 @@
+"""Argument checks shared by the public entries: every message names argument, value and remedy."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def require(condition: bool, name: str, got: object, expected: str, remedy: str) -> None:
+    """Raise ValueError with the house's message unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{name}: got {got}, expected {expected}; {remedy}")
+
+
+def require_tensor(name: str, value: object, layout: str, *ndims: int) -> Tensor:
+    """Check that `value` is a floating-point tensor of one of the given ranks and return it."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name}: got {type(value).__name__}, expected a torch.Tensor {layout}; "
+            "convert it with torch.as_tensor"
+        )
+    require(value.ndim in ndims, name, f"shape {list(value.shape)}", layout, "reshape it")
+    if value.dtype not in FLOAT_DTYPES:
+        supported = "float16, bfloat16, float32 or float64"
+        raise TypeError(f"{name}: got {value.dtype}, expected {supported}; convert it with .to()")
+    return value
+
+
+def require_same(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """Check that two tensors share device and dtype."""
+    remedy = f"move {name} with .to({like_name}.device)"
+    require(value.device == like.device, name, f"device {value.device}", f"{like.device}", remedy)
+    remedy = f"convert with .to({like_name}.dtype) or call under torch.autocast"
+    require(value.dtype == like.dtype, name, f"{value.dtype}", f"{like.dtype}", remedy)
+
+
+def require_same_device(name: str, value: Tensor, x: Tensor) -> None:
+    """Check that `value` is where `x` is."""
+    got, remedy = f"device {value.device}", f"move {name} with .to(x.device)"
+    require(value.device == x.device, name, got, f"{x.device}", remedy)
+
+
+def require_shape(name: str, value: Tensor, expected: tuple[int, ...], layout: str) -> None:
+    """Check an exact shape; `layout` names the axes."""
+    got = f"shape {list(value.shape)}"
+    require(tuple(value.shape) == expected, name, got, f"{list(expected)} ({layout})", "check it")
+
+
+def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Check that `value` is one of a few words; suggests the nearest one."""
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "choose one of these"
+    require(value in choices, name, repr(value), " or ".join(map(repr, choices)), hint)
+
+
+def require_int(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Check an integer range; booleans do not count as integers."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r}, expected an integer; pass a plain int")
+    bound = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+    require(low <= value and (high is None or value <= high), name, value, bound, "change it")
+
+
+def require_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
+    """Check a finite number in `[low, high)`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: got {value!r}, expected a number; pass a plain float")
+    bound = f"a finite number >= {low}" + (f" and < {high}" if high != float("inf") else "")
+    require(low <= value < high, name, value, bound, "change it")
+
+
+def require_bool(name: str, value: Any) -> None:
+    """Check a flag."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected True or False; pass a bool")
+
+
+def config_from_dict(cls: type, values: object, where: str) -> Any:
+    """Build a config dataclass from parsed JSON, refusing unknown names.
+
+    Raises:
+        ValueError: `values` is no mapping or holds names that `cls` does not have.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: got {type(values).__name__}, expected an object; is it ours?")
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(
+            f"{where}: unknown names {unknown}, expected a subset of {sorted(known)}; "
+            "it was written by another program or by a newer version of tcpa"
+        )
+    return cls(**values)

@@ -1,0 +1,373 @@
+"""A frozen timm Vision Transformer with trained prompts.
+
+`PromptedViT` is what `wrap` and `create_model` return. Nothing of timm is patched; the blocks' own
+layers are called one by one (`forward.py`).
+
+Axes: B batch, L tokens, P prompt rows, C width, N blocks, W gate words.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from . import blocks
+from .checks import require, require_int, require_tensor
+from .config import PromptConfig, Savings, TCPAConfig, VPTConfig
+from .forward import (
+    BlockSettings,
+    PromptKV,
+    prompt_keys_values,
+    run_block,
+    run_block_on_tokens,
+)
+from .ops import Impl, choose_impl, match_prompts
+from .prompts import ConvImagePrompt, PromptPools, SimAM, TokenPrompts, ValueAffine
+from .reference import random_gate, role_gate
+
+
+class Normalization(NamedTuple):
+    """Channel mean and standard deviation that the images were normalised with; a record."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class PromptedViT(nn.Module):
+    """A frozen timm ViT whose tokens attend to trained prompts.
+
+    Trained are the prompts, the optional modules and the classification head. The backbone stays in
+    evaluation mode; `train()` switches dropout, noise and random selection of the prompts.
+
+    Attributes:
+        backbone: the timm model that was taken over.
+        config: the prompt method; None for a linear probe.
+        savings: work left out without changing the result.
+        impl: which implementation of the operations to use.
+        normalization: how images are expected to be normalised; recorded, not applied.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        config: PromptConfig | None,
+        *,
+        savings: Savings,
+        impl: Impl,
+        normalization: Normalization,
+    ) -> None:
+        super().__init__()
+        self.backbone = cast(Any, backbone)
+        self.config = config
+        self.savings = savings
+        self.impl: Impl = impl
+        self.normalization = normalization
+        self.epoch = 0
+        self._recompute = False
+        self._kv_cache: tuple[object, list[PromptKV]] | None = None
+        self._build_prompts()
+        self._freeze()
+        self.train()
+
+    def _build_prompts(self) -> None:
+        config, backbone = self.config, self.backbone
+        depth, width, attn = len(backbone.blocks), backbone.embed_dim, backbone.blocks[0].attn
+        weight = backbone.patch_embed.proj.weight
+        self.pools = self.tokens = self.value_affine = None
+        image_prompts: list[nn.Module] = []
+        if isinstance(config, TCPAConfig):
+            self.pools = PromptPools(config, depth, width)
+            if config.value_affine:
+                self.value_affine = ValueAffine(config.num_prompts, attn.num_heads * attn.head_dim)
+            if config.simam:
+                image_prompts.append(SimAM())
+            if config.image_prompt:
+                image_prompts.append(ConvImagePrompt(channels=weight.shape[1]))
+        elif isinstance(config, VPTConfig):
+            height, width_ = backbone.patch_embed.patch_size
+            self.tokens = TokenPrompts(config, depth, width, height * width_)
+        self.image_prompt = nn.Sequential(*image_prompts)
+        # Trained values stay in float32 at least, whatever the precision of the frozen weights.
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        for module in (self.pools, self.tokens, self.value_affine, self.image_prompt):
+            if module is not None:
+                module.to(device=weight.device, dtype=dtype)
+
+    def _freeze(self) -> None:
+        self.backbone.requires_grad_(not self.savings.frozen_backbone)
+        for layer in blocks.classifier_layers(self.backbone):
+            layer.requires_grad_(True)
+
+    # What is trained, and how.
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the prompts to training or evaluation; the backbone stays in evaluation mode."""
+        super().train(mode)
+        self.backbone.eval()
+        self._kv_cache = None
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Moves and conversions replace values without touching version counters.
+        self._kv_cache = None
+        return super()._apply(fn, recurse)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the epoch, from 0: the first `random_selection_epochs` select prompts at random.
+
+        The random selections come from torch's global generator of the device, so `manual_seed`
+        makes them reproducible.
+        """
+        require_int("epoch", epoch, 0)
+        self.epoch = epoch
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every block in the backward pass in place of keeping its activations."""
+        self._recompute = enable
+
+    def trainable_named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters by name: prompts, optional modules, classification head."""
+        frozen = {id(p) for p in self.backbone.parameters()}
+        for layer in blocks.classifier_layers(self.backbone):
+            frozen -= {id(p) for p in layer.parameters()}
+        return {name: p for name, p in self.named_parameters() if id(p) not in frozen}
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return the trained parameters, for an optimiser."""
+        return list(self.trainable_named_parameters().values())
+
+    @property
+    def num_trainable(self) -> int:
+        """Number of trained values."""
+        return sum(p.numel() for p in self.trainable_parameters())
+
+    @property
+    def implementation(self) -> tuple[str, str]:
+        """What computes the operations where the model is now, and why."""
+        return choose_impl(self.impl, self.backbone.patch_embed.proj.weight.device)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the head."""
+        return self.backbone.num_classes
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classification head by a fresh linear layer, which is trained."""
+        require_int("num_classes", num_classes, 1)
+        self.backbone.reset_classifier(num_classes)
+        for layer in blocks.classifier_layers(self.backbone):
+            layer.requires_grad_(True)
+
+    # Forward pass.
+
+    def forward(self, images: Tensor, *, return_distance: bool = False) -> Any:
+        """Classify images.
+
+        Args:
+            images: float `[B, channels, height, width]`, normalised as `normalization` says.
+            return_distance: also return the match distance.
+
+        Returns:
+            logits `[B, num_classes]`. With `return_distance` a pair of the logits and the match
+            distance, a scalar: the sum over blocks of what `match_prompts` returns (0 without
+            matching). The training loss is `cross_entropy + config.match_weight * distance`.
+
+        Raises:
+            TypeError, ValueError: `images` do not fit the backbone.
+        """
+        all_rows = not self.savings.last_block_head_rows
+        rows = None if all_rows else blocks.rows_read_by_head(self.backbone)
+        x, distance, _ = self._run_blocks(images, rows)
+        logits = self.backbone.forward_head(self.backbone.norm(x))
+        return (logits, distance) if return_distance else logits
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Return the normed tokens of the last block, `[B, L, C]`, all of them and no prompts."""
+        return self.backbone.norm(self._run_blocks(images, None)[0])
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map tokens from `forward_features` to logits, or to the input of the head."""
+        return self.backbone.forward_head(features, pre_logits=pre_logits)
+
+    @torch.no_grad()
+    def selection(self, images: Tensor) -> list[Tensor]:
+        """Return every block's gate for the images, as evaluation selects.
+
+        Args:
+            images: float `[B, channels, height, width]`.
+
+        Returns:
+            One int32 `[B, L, W]` per block; `unpack_gate(gate, config.num_prompts)` reads it.
+
+        Raises:
+            ValueError: the method selects nothing (it is not TCPA).
+        """
+        got = type(self.config).__name__
+        require(self.pools is not None, "config", got, "a TCPAConfig", "wrap with a TCPAConfig")
+        was_training = self.training
+        try:
+            gates = self.eval()._run_blocks(images, None)[2]
+        finally:
+            self.train(was_training)
+        return [cast(Tensor, gate).expand(len(images), -1, -1) for gate in gates]
+
+    def _run_blocks(
+        self, images: Tensor, head_rows: int | None
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Return the last block's tokens (the first `head_rows` if given), distance and gates."""
+        self._check_images(images)
+        x, ropes = blocks.embed_images(self.backbone, self.image_prompt(images))
+        if torch.is_grad_enabled() and not (self.savings.skip_input_gradient or x.requires_grad):
+            x = x.requires_grad_()
+        num_tokens, last = x.shape[1], len(ropes) - 1
+        prompts = self._prompts(x.shape[0])
+        if prompts is not None and self._is_shallow:
+            shallow = prompts[0].expand(x.shape[0], -1, -1)
+            x, prompts = torch.cat((x, shallow.to(x.dtype)), dim=1), None
+        prompt_kv = None if prompts is None else self._prompt_kv(prompts)
+        distance = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+        gates: list[Tensor | None] = []
+        for index, rope in enumerate(ropes):
+            block = functools.partial(
+                self._block,
+                index,
+                num_tokens=num_tokens,
+                rope=rope,
+                rows=head_rows if index == last else None,
+            )
+            block_prompts = None if prompts is None else prompts[index]
+            block_kv = None if prompt_kv is None else prompt_kv[index]
+            if self._recompute and torch.is_grad_enabled():
+                x, delta, gate = checkpoint(block, x, block_prompts, block_kv, use_reentrant=False)
+            else:
+                x, delta, gate = block(x, block_prompts, block_kv)
+            distance = distance if delta is None else distance + delta
+            gates.append(gate)
+        return x[:, :num_tokens], distance, gates
+
+    def _block(
+        self,
+        index: int,
+        x: Tensor,
+        prompts: Tensor | None,
+        prompt_kv: PromptKV | None,
+        *,
+        num_tokens: int,
+        rope: Tensor | None,
+        rows: int | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Match, add noise and run one block; return its tokens, match distance and gate."""
+        gate, distance = self._match(index, x)
+        config = self.config
+        if isinstance(config, TCPAConfig) and config.token_noise > 0 and self.training:
+            x = x + config.token_noise * torch.randn_like(x)
+        settings = BlockSettings(
+            patches=slice(self.backbone.num_prefix_tokens, num_tokens),
+            normalize_over=config.normalize_over if isinstance(config, TCPAConfig) else "all",
+            impl=self.impl,
+            savings=self.savings,
+        )
+        block = self.backbone.blocks[index]
+        if self.tokens is not None and prompts is not None and not self.savings.prompt_keys_only:
+            x = run_block_on_tokens(block, x, settings, rope=rope, prompts=prompts, rows=rows)
+            return x, distance, gate
+        x = run_block(
+            block,
+            x,
+            settings,
+            rope=rope,
+            prompts=prompts,
+            prompt_kv=prompt_kv,
+            value_affine=self.value_affine,
+            gate=gate,
+            rows=rows,
+        )
+        return x, distance, gate
+
+    def _match(self, index: int, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gate `[B or 1, L, W]` of a block's tokens and the match distance."""
+        config, pools = self.config, self.pools
+        if pools is None or not isinstance(config, TCPAConfig):
+            return None, None
+        layout = {
+            "lengths": (config.cls_prompt_length, config.image_prompt_length),
+            "num_prefix_tokens": self.backbone.num_prefix_tokens,
+        }
+        num_pool = (config.cls_pool_size, config.image_pool_size)
+        if config.coordination == "role":
+            gate = role_gate(x.shape[1], num_pool=num_pool, device=x.device, **layout)
+            return gate, None
+        gate = None
+        if self.training and self.epoch < config.random_selection_epochs:
+            top_k = (config.cls_top_k, config.image_top_k)
+            drawn = {"num_pool": num_pool, "top_k": top_k, "device": x.device}
+            gate = random_gate(x.shape[0], x.shape[1], **drawn, **layout)
+        return match_prompts(
+            x,
+            pools.cls_keys[index],
+            pools.image_keys[index],
+            cls_top_k=config.cls_top_k,
+            image_top_k=config.image_top_k,
+            selection=config.selection,
+            gate=gate,
+            impl=self.impl,
+            **layout,
+        )
+
+    # Prompts of all blocks.
+
+    @property
+    def _is_shallow(self) -> bool:
+        return self.tokens is not None and not self.tokens.config.deep
+
+    def _prompts(self, batch_size: int) -> Tensor | None:
+        """Return the prompts of all blocks `[N, P, C]` or `[N, B, P, C]`; None without prompts."""
+        source = self.pools if self.tokens is None else self.tokens
+        return None if source is None else source(batch_size)
+
+    def _prompt_kv(self, prompts: Tensor) -> list[PromptKV] | None:
+        """Return keys and values of all blocks' prompts, from the cache when nothing can change."""
+        if not (self.savings.prompt_kv_once and self.savings.prompt_keys_only):
+            return None
+        reusable = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        key = self._kv_state() if reusable else None
+        if self._kv_cache is not None and key is not None and self._kv_cache[0] == key:
+            return self._kv_cache[1]
+        kv = [
+            prompt_keys_values(block, block_prompts, self.value_affine)
+            for block, block_prompts in zip(self.backbone.blocks, prompts, strict=True)
+        ]
+        self._kv_cache = None if key is None else (key, kv)
+        return kv
+
+    def _kv_state(self) -> object:
+        """Identify the values that prompt keys and values depend on; None if that is impossible."""
+        sources = [self.pools, self.tokens, self.value_affine]
+        for block in self.backbone.blocks:
+            sources += [block.norm1, block.attn]
+        used = [p for module in sources if module is not None for p in module.parameters()]
+        if any(p.is_inference() for p in used):
+            return None
+        device = used[0].device.type
+        enabled = torch.is_autocast_enabled(device)
+        precision = torch.get_autocast_dtype(device) if enabled else None
+        return (precision, [(id(p), p.data_ptr(), p.dtype, p._version) for p in used])
+
+    def _check_images(self, images: Tensor) -> None:
+        require_tensor("images", images, "[B, channels, height, width]", 4)
+        weight = self.backbone.patch_embed.proj.weight
+        got, expected = f"{images.shape[1]} channels", f"{weight.shape[1]}"
+        require(images.shape[1] == weight.shape[1], "images", got, expected, "convert them")
+        got, remedy = f"device {images.device}", "move images or model with .to()"
+        require(images.device == weight.device, "images", got, f"{weight.device}", remedy)
+        same = images.dtype == weight.dtype or torch.is_autocast_enabled(images.device.type)
+        remedy = "convert the images or call under torch.autocast"
+        require(same, "images", f"{images.dtype}", f"{weight.dtype}", remedy)
+        sizes = getattr(self.backbone.patch_embed, "img_size", None)
+        if sizes is not None and not self.backbone.dynamic_img_size:
+            got, expected = f"size {list(images.shape[2:])}", f"{list(sizes)}"
+            remedy = "resize them, or create the backbone with img_size= or dynamic_img_size=True"
+            require(tuple(images.shape[2:]) == tuple(sizes), "images", got, expected, remedy)

@@ -1,0 +1,243 @@
+"""The two operations of TCPA: public entries that check their arguments and choose an implementation.
+
+`match_prompts` says which prompts every token may see, `gated_attention` attends accordingly.
+"""
+
+import logging
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .checks import (
+    require,
+    require_choice,
+    require_int,
+    require_number,
+    require_same,
+    require_same_device,
+    require_shape,
+    require_tensor,
+)
+from .reference import (
+    NormalizeOver,
+    Selection,
+    gated_attention_reference,
+    match_prompts_reference,
+    num_gate_words,
+)
+
+Impl = Literal["auto", "triton", "reference"]
+IMPLS = ("auto", "triton", "reference")
+
+_log = logging.getLogger("tcpa")
+_announced: set[str] = set()
+
+
+def choose_impl(impl: Impl, device: torch.device) -> tuple[str, str]:
+    """Resolve `impl` for a device.
+
+    Args:
+        impl: "reference", "triton" or "auto" (Triton where it can run, else the reference).
+        device: where the tensors are.
+
+    Returns:
+        The implementation that will run and the reason for it.
+
+    Raises:
+        ValueError: unknown `impl`.
+        RuntimeError: "triton" was asked for and cannot run; nothing else is run in its place.
+    """
+    require_choice("impl", impl, IMPLS)
+    if impl == "reference":
+        return "reference", "asked for"
+    from .kernels import unavailable_reason
+
+    reason = unavailable_reason(device)
+    if impl == "triton" and reason is not None:
+        raise RuntimeError(f"impl='triton' cannot run: {reason}; pass impl='auto' or 'reference'")
+    return ("triton", "Triton kernels") if reason is None else ("reference", reason)
+
+
+def _resolve(impl: Impl, device: torch.device) -> None:
+    """Choose an implementation and log an automatic choice once."""
+    name, reason = choose_impl(impl, device)
+    if impl == "auto" and not torch.compiler.is_compiling() and reason not in _announced:
+        _announced.add(reason)
+        _log.info("implementation: %s (%s)", name, reason)
+
+
+def match_prompts(
+    x: Tensor,
+    cls_keys: Tensor,
+    image_keys: Tensor,
+    *,
+    cls_top_k: int,
+    image_top_k: int,
+    num_prefix_tokens: int = 1,
+    lengths: tuple[int, int] = (1, 1),
+    selection: Selection = "nearest",
+    gate: Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Select prompts for every token by cosine similarity and measure the match distance.
+
+    Every prefix token selects the `cls_top_k` entries of the CLS pool whose keys are most similar to
+    it, every patch the `image_top_k` entries of the image pool. With S = 1 - cos(x_l, key_r) the
+    distance is the mean of S over the selections of all prefix tokens plus the mean of S over the
+    selections of all patches.
+
+    Args:
+        x: `[B, L, C]` float tokens before the block's norm: prefix tokens first, then patches.
+        cls_keys: `[R_cls, C]` keys of the CLS pool, R_cls >= 0.
+        image_keys: `[R_image, C]` keys of the image pool, R_image >= 0.
+        cls_top_k: entries that a prefix token sees, 0 to R_cls.
+        image_top_k: entries that a patch sees, 0 to R_image.
+        num_prefix_tokens: how many leading tokens select from the CLS pool, 0 to L.
+        lengths: prompt rows per entry of the CLS pool and of the image pool.
+        selection: "nearest" (official code) or "farthest" (Eq. 10 taken literally).
+        gate: int32 `[B, L, W]`, a selection to measure in place of the nearest one (random or
+            replayed). It should let every token see top_k entries of its pool: the mean divides by
+            that number.
+        impl: "auto", "triton" or "reference".
+
+    Returns:
+        gate: int32 `[B, L, W]` with W = ceil(P / 32) words for the P = R_cls * lengths[0] +
+            R_image * lengths[1] prompt rows; bit r of token l says that it sees prompt row r. Has no
+            gradient.
+        distance: scalar, float32 (float64 for float64 `x`), 0 where nothing can be selected.
+            Differentiable with respect to `x` and the keys.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        RuntimeError: `impl="triton"` cannot run here.
+
+    Numerics:
+        Similarities in float32 or better, whatever the dtype of `x`. Ties go to the lower index; NaN
+        counts as most similar. A sample's gate depends on that sample alone. Deterministic.
+
+    Cost:
+        2 * B * L * C * R multiply-adds and one read of `x`; 4 * W bytes per token are written.
+
+    Source:
+        Eq. 9, 10 and 14, Section 3.3; means and joint differentiation as in the official code.
+    """
+    require_tensor("x", x, "[B, L, C]", 3)
+    for name, keys in (("cls_keys", cls_keys), ("image_keys", image_keys)):
+        require_tensor(name, keys, "[R, C]", 2)
+        require_same_device(name, keys, x)
+        require_shape(name, keys, (keys.shape[0], x.shape[2]), "R pool entries, C as in x")
+    require_int("cls_top_k", cls_top_k, 0, cls_keys.shape[0])
+    require_int("image_top_k", image_top_k, 0, image_keys.shape[0])
+    require_int("num_prefix_tokens", num_prefix_tokens, 0, x.shape[1])
+    for index, length in enumerate(lengths):
+        require_int(f"lengths[{index}]", length, 1)
+    require_choice("selection", selection, ("nearest", "farthest"))
+    num_prompts = cls_keys.shape[0] * lengths[0] + image_keys.shape[0] * lengths[1]
+    if gate is not None:
+        _check_gate(gate, (x.shape[0], x.shape[1], num_gate_words(num_prompts)), x.device)
+    _resolve(impl, x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        return match_prompts_reference(
+            x,
+            cls_keys,
+            image_keys,
+            cls_top_k=cls_top_k,
+            image_top_k=image_top_k,
+            num_prefix_tokens=num_prefix_tokens,
+            lengths=lengths,
+            selection=selection,
+            gate=gate,
+        )
+
+
+def gated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_prompt: Tensor,
+    v_prompt: Tensor,
+    gate: Tensor | None,
+    *,
+    scale: float | None = None,
+    normalize_over: NormalizeOver = "all",
+    impl: Impl = "auto",
+) -> Tensor:
+    """Attend to all tokens and to the prompts whose gate bit is set.
+
+    With s_ij = scale * q_i . k_j over the S = L + P keys and g_ij = 1 on tokens, the gate bit on
+    prompts, `normalize_over="all"` computes
+
+        o_i = sum_j softmax_j(s_ij) g_ij v_j,
+
+    where prompts that a token does not see still count in its denominator, and "visible" computes
+
+        o_i = sum_j g_ij exp(s_ij) v_j / sum_j g_ij exp(s_ij).
+
+    Args:
+        q: `[B, Lq, H, D]` float queries; Lq may be smaller than L.
+        k, v: `[B, L, H, D]` keys and values of the tokens, any strides.
+        k_prompt, v_prompt: `[P, H, D]` shared by the batch or `[B, P, H, D]` per sample, P >= 0.
+        gate: int32 `[B, Lq, W]`, W = ceil(P / 32), or `[1, Lq, W]` shared by the batch; None lets
+            every query see every prompt.
+        scale: factor of the scores; 1 / sqrt(D) when absent.
+        normalize_over: "all" (Eq. 12-13, official code) or "visible" (Eq. 6-7).
+        impl: "auto", "triton" or "reference".
+
+    Returns:
+        `[B, Lq, H, D]` of q's dtype (the autocast dtype under torch.autocast).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        RuntimeError: `impl="triton"` cannot run here.
+
+    Numerics:
+        Products in q's dtype, softmax in float32 or better. Samples do not mix. Deterministic.
+
+    Cost:
+        4 * B * H * Lq * S * D multiply-adds.
+
+    Source:
+        Section 3.3, Eq. 12-13 and Eq. 6-7.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v, k_prompt, v_prompt = (t.to(dtype) for t in (q, k, v, k_prompt, v_prompt))
+    _check_attention(q, k, v, k_prompt, v_prompt)
+    if gate is not None:
+        words = num_gate_words(k_prompt.shape[-3])
+        batch = 1 if gate.ndim == 3 and gate.shape[0] == 1 else q.shape[0]
+        _check_gate(gate, (batch, q.shape[1], words), q.device)
+    if scale is not None:
+        require_number("scale", scale, 0.0)
+    require_choice("normalize_over", normalize_over, ("all", "visible"))
+    _resolve(impl, q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        return gated_attention_reference(
+            q, k, v, k_prompt, v_prompt, gate, scale=scale, normalize_over=normalize_over
+        )
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor) -> None:
+    require_tensor("q", q, "[B, Lq, H, D]", 4)
+    batch, _, heads, head_dim = q.shape
+    for name, tensor in (("k", k), ("v", v)):
+        require_tensor(name, tensor, "[B, L, H, D]", 4)
+        require_same(name, tensor, "q", q)
+        expected = (batch, k.shape[1], heads, head_dim)
+        require_shape(name, tensor, expected, "B, L, H, D with B, H, D of q and L of k")
+    for name, tensor in (("k_prompt", k_prompt), ("v_prompt", v_prompt)):
+        require_tensor(name, tensor, "[P, H, D] or [B, P, H, D]", 3, 4)
+        require_same(name, tensor, "q", q)
+        leading = (batch,) if k_prompt.ndim == 4 else ()
+        expected = (*leading, k_prompt.shape[-3], heads, head_dim)
+        require_shape(name, tensor, expected, "P, H, D with H, D of q and P of k_prompt")
+
+
+def _check_gate(gate: Tensor, expected: tuple[int, int, int], device: torch.device) -> None:
+    if not isinstance(gate, Tensor) or gate.dtype != torch.int32:
+        got = gate.dtype if isinstance(gate, Tensor) else type(gate).__name__
+        raise TypeError(f"gate: got {got}, expected int32 gate words; make them with pack_gate")
+    require_shape("gate", gate, expected, "batch, queries, ceil(P / 32) words")
+    got, remedy = f"device {gate.device}", "move it with .to()"
+    require(gate.device == device, "gate", got, f"{device}", remedy)
