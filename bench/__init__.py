@@ -1,0 +1,1 @@
+"""Measurements: what TCPA costs here, against what one would use instead."""

@@ -36,7 +36,7 @@ def wrap(
         config: `TCPAConfig` (TCPA), `VPTConfig` (VPT-Shallow, VPT-Deep, VFPT) or None (linear probe).
         num_classes: classes of a fresh linear head; None keeps the model's own head.
         savings: work left out without changing the result; all by default.
-        impl: implementation of the operations: "auto", "triton" or "reference".
+        impl: implementation of the operations: "auto", "triton", "sdpa" or "reference".
         normalization: channel mean and standard deviation of the images, for the record; the
             backbone's own by default.
 
@@ -46,7 +46,7 @@ def wrap(
     Raises:
         TypeError, ValueError: an argument does not fit, or the architecture is not covered; the
             message says why.
-        RuntimeError: `impl="triton"` cannot run where the backbone is.
+        RuntimeError: the `impl` that was asked for cannot run where the backbone is.
     """
     _check_backbone(backbone)
     if config is not None and not isinstance(config, TCPAConfig | VPTConfig):
@@ -63,7 +63,7 @@ def wrap(
     model = PromptedViT(
         backbone, config, savings=savings or Savings(), impl=impl, normalization=record
     )
-    if impl == "triton":
+    if impl != "auto":
         _ = model.implementation
     if num_classes is not None:
         model.reset_classifier(num_classes)

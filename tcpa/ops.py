@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from . import kernels, sdpa
 from .checks import (
     require,
     require_choice,
@@ -27,18 +28,19 @@ from .reference import (
     num_gate_words,
 )
 
-Impl = Literal["auto", "triton", "reference"]
-IMPLS = ("auto", "triton", "reference")
+Impl = Literal["auto", "triton", "sdpa", "reference"]
+IMPLS = ("auto", "triton", "sdpa", "reference")
 
 _log = logging.getLogger("tcpa")
-_announced: set[str] = set()
+_announced: set[tuple[str, str]] = set()
 
 
 def choose_impl(impl: Impl, device: torch.device) -> tuple[str, str]:
     """Resolve `impl` for a device.
 
     Args:
-        impl: "reference", "triton" or "auto" (Triton where it can run, else the reference).
+        impl: "triton" (fused kernels), "sdpa" (exact composition over PyTorch's fused attention, on
+            the CPU), "reference", or "auto": the first of these that can run.
         device: where the tensors are.
 
     Returns:
@@ -46,25 +48,30 @@ def choose_impl(impl: Impl, device: torch.device) -> tuple[str, str]:
 
     Raises:
         ValueError: unknown `impl`.
-        RuntimeError: "triton" was asked for and cannot run; nothing else is run in its place.
+        RuntimeError: an implementation was asked for by name and cannot run; nothing else is run in
+            its place.
     """
     require_choice("impl", impl, IMPLS)
     if impl == "reference":
         return "reference", "asked for"
-    from .kernels import unavailable_reason
+    no_triton, no_sdpa = kernels.unavailable_reason(device), sdpa.unavailable_reason(device)
+    if impl == "auto":
+        if no_triton is None:
+            return "triton", "kernels can run here"
+        return ("sdpa", no_triton) if no_sdpa is None else ("reference", no_triton)
+    reason = no_triton if impl == "triton" else no_sdpa
+    if reason is not None:
+        raise RuntimeError(f"impl={impl!r} cannot run: {reason}; pass impl='auto' or 'reference'")
+    return impl, "asked for"
 
-    reason = unavailable_reason(device)
-    if impl == "triton" and reason is not None:
-        raise RuntimeError(f"impl='triton' cannot run: {reason}; pass impl='auto' or 'reference'")
-    return ("triton", "Triton kernels") if reason is None else ("reference", reason)
 
-
-def _resolve(impl: Impl, device: torch.device) -> None:
+def _resolve(impl: Impl, device: torch.device) -> str:
     """Choose an implementation and log an automatic choice once."""
-    name, reason = choose_impl(impl, device)
-    if impl == "auto" and not torch.compiler.is_compiling() and reason not in _announced:
-        _announced.add(reason)
-        _log.info("implementation: %s (%s)", name, reason)
+    choice = choose_impl(impl, device)
+    if impl == "auto" and not torch.compiler.is_compiling() and choice not in _announced:
+        _announced.add(choice)
+        _log.info("implementation: %s (%s)", *choice)
+    return choice[0]
 
 
 def match_prompts(
@@ -99,7 +106,7 @@ def match_prompts(
         gate: int32 `[B, L, W]`, a selection to measure in place of the nearest one (random or
             replayed). It should let every token see top_k entries of its pool: the mean divides by
             that number.
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "triton" or "reference" ("sdpa" is the same here).
 
     Returns:
         gate: int32 `[B, L, W]` with W = ceil(P / 32) words for the P = R_cls * lengths[0] +
@@ -110,7 +117,7 @@ def match_prompts(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        RuntimeError: `impl="triton"` cannot run here.
+        RuntimeError: the `impl` that was asked for cannot run here.
 
     Numerics:
         Similarities in float32 or better, whatever the dtype of `x`. Ties go to the lower index; NaN
@@ -182,14 +189,14 @@ def gated_attention(
             every query see every prompt.
         scale: factor of the scores; 1 / sqrt(D) when absent.
         normalize_over: "all" (Eq. 12-13, official code) or "visible" (Eq. 6-7).
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "triton", "sdpa" or "reference"; see `choose_impl`.
 
     Returns:
         `[B, Lq, H, D]` of q's dtype (the autocast dtype under torch.autocast).
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        RuntimeError: `impl="triton"` cannot run here.
+        RuntimeError: the `impl` that was asked for cannot run here.
 
     Numerics:
         Products in q's dtype, softmax in float32 or better. Samples do not mix. Deterministic.
@@ -211,11 +218,14 @@ def gated_attention(
     if scale is not None:
         require_number("scale", scale, 0.0)
     require_choice("normalize_over", normalize_over, ("all", "visible"))
-    _resolve(impl, q.device)
+    name = _resolve(impl, q.device)
+    # Without a gate PyTorch's own attention computes the same, on any device.
+    ungated = impl == "auto" and name == "reference" and gate is None
+    attend = gated_attention_reference
+    if name == "sdpa" or ungated:
+        attend = sdpa.gated_attention_sdpa
     with torch.autocast(q.device.type, enabled=False):
-        return gated_attention_reference(
-            q, k, v, k_prompt, v_prompt, gate, scale=scale, normalize_over=normalize_over
-        )
+        return attend(q, k, v, k_prompt, v_prompt, gate, scale=scale, normalize_over=normalize_over)
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor) -> None:
