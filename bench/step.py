@@ -5,9 +5,9 @@ Usage: tcpa-bench step [--model NAME] [--dataset NAME] [--batch N] [--dtype NAME
 Units: time in milliseconds a step (median and quartiles over the rounds), peak memory in MiB of
 resident set of a process that runs nothing else, interpreter and weights included.
 
-Every provider lives in a process of its own, so that its peak memory is its own; the rounds go through
-the providers in turn, so that a noisy machine disturbs all of them alike. No figure is printed for a
-provider whose loss and gradients differ from the official algorithm's.
+Every provider lives in a process of its own, so that its peak memory is its own; the rounds go
+through the providers in turn, so that a noisy machine disturbs all of them alike. No figure is
+printed for a provider whose loss and gradients differ from the official algorithm's.
 """
 
 import argparse
@@ -195,10 +195,12 @@ def _verify(case: StepCase, first: dict[str, Any]) -> dict[str, float]:
 def report(case: StepCase, results: list[StepResult]) -> str:
     """Return the table that is printed."""
     size = f"{case.model}, batch {case.batch}, {case.dtype}, {torch.get_num_threads()} threads"
+    rounds = len(results[0].milliseconds)
     lines = [
         f"One training step of TCPA ({case.dataset} settings): {size}",
-        f"torch {torch.__version__}, {platform.machine()} CPU, {len(results[0].milliseconds)} rounds",
-        f"{'provider':<18}{'ms (quartiles)':>24}{'speed':>8}{'peak MiB':>10}{'memory':>8}{'error':>9}",
+        f"torch {torch.__version__}, {platform.machine()} CPU, {rounds} rounds",
+        f"{'provider':<18}{'ms (quartiles)':>24}{'speed':>8}{'peak MiB':>10}"
+        f"{'memory':>8}{'error':>9}",
     ]
     base = results[0]
     base_ms = statistics.median(base.milliseconds)

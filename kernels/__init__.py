@@ -1,7 +1,7 @@
 """Triton kernels of TCPA.
 
-The package imports torch and triton only and knows nothing of models or data. It holds no kernel yet:
-`unavailable_reason` says so, and the library computes by its reference until kernels arrive.
+The package imports torch and triton only and knows nothing of models or data. It holds no kernel
+yet: `unavailable_reason` says so, and the library computes by its reference until kernels arrive.
 """
 
 import torch

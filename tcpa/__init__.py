@@ -8,7 +8,8 @@ W = ceil(P / 32) gate words.
 from .build import create_model, wrap
 from .config import HTA_DATASETS, PromptConfig, Savings, TCPAConfig, VPTConfig
 from .model import Normalization, PromptedViT
-from .ops import gated_attention, match_prompts
+from .official import load_official_state_dict, official_state_dict
+from .ops import choose_impl, gated_attention, match_prompts
 from .reference import (
     gated_attention_reference,
     match_prompts_reference,
@@ -17,6 +18,7 @@ from .reference import (
     role_gate,
     unpack_gate,
 )
+from .saving import from_pretrained, save_pretrained
 
 __version__ = "0.1.0"
 
@@ -28,14 +30,19 @@ __all__ = [
     "Savings",
     "TCPAConfig",
     "VPTConfig",
+    "choose_impl",
     "create_model",
+    "from_pretrained",
     "gated_attention",
     "gated_attention_reference",
+    "load_official_state_dict",
     "match_prompts",
     "match_prompts_reference",
+    "official_state_dict",
     "pack_gate",
     "random_gate",
     "role_gate",
+    "save_pretrained",
     "unpack_gate",
     "wrap",
 ]

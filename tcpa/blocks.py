@@ -1,8 +1,8 @@
 """timm's transformer blocks, opened: projections, rotary positions, residual branches.
 
 The model needs the pieces of a block one by one: prompts are projected to keys and values only, the
-last block computes few rows, and attention itself is TCPA's. Every function reuses the layers of the
-timm block that it is given, so weights, names and features of timm keep working.
+last block computes few rows, and attention itself is TCPA's. Every function reuses the layers of
+the timm block that it is given, so weights, names and features of timm keep working.
 
 Axes: B batch, L tokens, P prompt rows, H heads, D head dim, C width.
 """
@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import apply_rot_embed_cat
 from timm.layers.attention import Attention, AttentionRope
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+
+from .checks import require, require_tensor
 
 ModuleLike = Any
 """A timm module; its attributes are not typed."""
@@ -33,13 +35,43 @@ def unsupported_reason(model: nn.Module) -> str | None:
         return f"{kind} overrides forward_features, which tcpa replaces"
     for index, block in enumerate(model.blocks):
         if type(block) not in (Block, EvaBlock):
-            return f"blocks.{index} is a {type(block).__name__}; only Block and EvaBlock are covered"
+            return (
+                f"blocks.{index} is a {type(block).__name__}; only Block and EvaBlock are covered"
+            )
         attention = type(block.attn)
         if attention not in (Attention, AttentionRope, EvaAttention):
             return f"blocks.{index}.attn is a {attention.__name__}, whose attention is not covered"
         if getattr(block.attn, "num_kv_groups", 1) != 1:
             return f"blocks.{index}.attn shares keys between heads (grouped-query attention)"
     return None
+
+
+def input_channels(model: ModuleLike) -> int:
+    """Return the number of channels of the images that a model takes."""
+    return getattr(model, "in_chans", None) or model.patch_embed.proj.weight.shape[1]
+
+
+def input_weight(model: ModuleLike) -> Tensor:
+    """Return a weight that has the device and the dtype of the images."""
+    return next(model.patch_embed.parameters())
+
+
+def check_images(model: ModuleLike, images: object) -> None:
+    """Check that images fit a model: rank, dtype, device, channels, size."""
+    images = require_tensor("images", images, "[B, channels, height, width]", 4)
+    weight, channels = input_weight(model), input_channels(model)
+    got, expected = f"{images.shape[1]} channels", f"{channels}"
+    require(images.shape[1] == channels, "images", got, expected, "convert them")
+    got, remedy = f"device {images.device}", "move images or model with .to()"
+    require(images.device == weight.device, "images", got, f"{weight.device}", remedy)
+    same = images.dtype == weight.dtype or torch.is_autocast_enabled(images.device.type)
+    remedy = "convert the images or call under torch.autocast"
+    require(same, "images", f"{images.dtype}", f"{weight.dtype}", remedy)
+    size = getattr(model.patch_embed, "img_size", None)
+    if size is not None and not model.dynamic_img_size:
+        got, remedy = f"size {list(images.shape[2:])}", "resize them, or create the backbone with "
+        remedy += "img_size=... or dynamic_img_size=True"
+        require(tuple(images.shape[2:]) == tuple(size), "images", got, f"{list(size)}", remedy)
 
 
 def embed_images(model: ModuleLike, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
@@ -56,9 +88,9 @@ def embed_images(model: ModuleLike, images: Tensor) -> tuple[Tensor, list[Tensor
     x = model.patch_embed(images)
     if isinstance(model, Eva):
         x, rope = model._pos_embed(x)
-        per_block = rope is not None and getattr(model, "rope_mixed", False)
-        ropes = list(rope) if per_block else [rope] * depth
-        return model.norm_pre(x), ropes
+        if rope is not None and getattr(model, "rope_mixed", False):
+            return model.norm_pre(x), [*rope]
+        return model.norm_pre(x), [rope] * depth
     x = model.patch_drop(model._pos_embed(x))
     return model.norm_pre(x), [None] * depth
 

@@ -33,7 +33,8 @@ def wrap(
 
     Args:
         backbone: a timm `VisionTransformer` or `Eva` model.
-        config: `TCPAConfig` (TCPA), `VPTConfig` (VPT-Shallow, VPT-Deep, VFPT) or None (linear probe).
+        config: `TCPAConfig` (TCPA), `VPTConfig` (VPT-Shallow, VPT-Deep, VFPT) or None (linear
+            probe).
         num_classes: classes of a fresh linear head; None keeps the model's own head.
         savings: work left out without changing the result; all by default.
         impl: implementation of the operations: "auto", "triton", "sdpa" or "reference".
@@ -135,7 +136,7 @@ def _normalization(
         cfg = getattr(backbone, "pretrained_cfg", None) or {}
         given = (cfg.get("mean", (0.5, 0.5, 0.5)), cfg.get("std", (0.5, 0.5, 0.5)))
     lengths = [len(values) for values in given]
-    channels = backbone.patch_embed.proj.weight.shape[1]
+    channels = blocks.input_channels(backbone)
     fits = lengths == [channels, channels] and all(s > 0 for s in given[1])
     expected = f"{channels} means and {channels} positive standard deviations"
     require(fits, "normalization", given, expected, "pass (mean, std)")

@@ -52,9 +52,11 @@ def require_shape(name: str, value: Tensor, expected: tuple[int, ...], layout: s
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Check that `value` is one of a few words; suggests the nearest one."""
+    if value in choices:
+        return
     near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "choose one of these"
-    require(value in choices, name, repr(value), " or ".join(map(repr, choices)), hint)
+    require(False, name, repr(value), " or ".join(map(repr, choices)), hint)
 
 
 def require_int(name: str, value: Any, low: int, high: int | None = None) -> None:

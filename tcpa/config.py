@@ -1,4 +1,5 @@
-"""Configurations of the prompt methods and of the exact savings: frozen data, checked on creation."""
+"""Configurations of the prompt methods and of the exact savings: frozen data, checked on
+creation."""
 
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -86,8 +87,8 @@ class TCPAConfig:
     """Weight the image by a parameter-free attention before anything else (official flag, off)."""
 
     token_noise: float = 0.0
-    """Standard deviation of the Gaussian noise that training adds to all tokens and prompts after the
-    matching, in every block (official flag random_prompt: 0.001; off)."""
+    """Standard deviation of the Gaussian noise that training adds to all tokens and prompts after
+    the matching, in every block (official flag random_prompt: 0.001; off)."""
 
     def __post_init__(self) -> None:
         for name in ("cls_pool_size", "image_pool_size", "random_selection_epochs"):
@@ -143,9 +144,9 @@ class TCPAConfig:
     def paper(cls) -> Self:
         """Return the settings that the paper states: VPT + TCPA, N_c = 10, N_i = 20, lambda = 0.5.
 
-        The paper gives no K (the scripts' 10 is kept, so that prefix tokens see their whole pool), and
-        mentions neither dropout nor random selection (both off). Its Eq. 10 taken literally would be
-        `selection="farthest"`; the text means the nearest.
+        The paper gives no K (the scripts' 10 is kept, so that prefix tokens see their whole pool),
+        and mentions neither dropout nor random selection (both off). Its Eq. 10 taken literally
+        would be `selection="farthest"`; the text means the nearest.
         """
         return cls(
             cls_pool_size=10,
@@ -159,7 +160,8 @@ class TCPAConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VPTConfig:
-    """Visual Prompt Tuning, shallow or deep (ECCV 2022), and Visual Fourier Prompts (NeurIPS 2024)."""
+    """Visual Prompt Tuning, shallow or deep (ECCV 2022), and Visual Fourier Prompts (NeurIPS
+    2024)."""
 
     length: int = 10
     """Prompt tokens per prompted block."""
@@ -187,7 +189,9 @@ class VPTConfig:
         require_bool("deep", self.deep)
         require_number("fourier_fraction", self.fourier_fraction, 0.0)
         bound = "a fraction from 0 to 1"
-        require(self.fourier_fraction <= 1, "fourier_fraction", self.fourier_fraction, bound, "fix it")
+        require(
+            self.fourier_fraction <= 1, "fourier_fraction", self.fourier_fraction, bound, "fix it"
+        )
         require_choice("fourier_dims", self.fourier_dims, ("all", "hidden", "sequence"))
         require_number("dropout", self.dropout, 0.0, 1.0)
         require_choice("init", self.init, ("xavier", "uniform"))
@@ -204,7 +208,7 @@ class VPTConfig:
 
     @classmethod
     def official_vfpt(cls) -> Self:
-        """Return the VFPT baseline of the official TCPA code: 10 tokens, all transformed, U(-1, 1)."""
+        """Return the VFPT baseline of the official code: 10 tokens, all transformed, U(-1, 1)."""
         return cls(length=10, fourier_fraction=1.0, dropout=0.1, init="uniform")
 
 
@@ -223,11 +227,12 @@ class Savings:
     """Compute no weight gradients of the backbone."""
 
     prompt_keys_only: bool = True
-    """Prompts have keys and values, but no query, attention row or MLP (their outputs are unused)."""
+    """Prompts have keys and values, but no query, attention row or MLP (their outputs are
+    unused)."""
 
     prompt_kv_once: bool = True
-    """Project the prompts of all blocks outside the blocks: once a batch when the batch shares them,
-    once a model when nothing is trained, instead of once a sample in every block."""
+    """Project the prompts of all blocks outside the blocks: once a batch when the batch shares
+    them, once a model when nothing is trained, instead of once a sample in every block."""
 
     last_block_head_rows: bool = True
     """The last block computes only the tokens that the head reads."""

@@ -1,13 +1,14 @@
 """One transformer block with prompts, in the fast form and in the plain form of every saving.
 
 Rows of a block's input: L tokens (prefix tokens, then patches), then the prompts of VPT-Shallow if
-any. Where prompts join the sequence they come last: attention has no order of its own, and positions
-were added before.
+any. Where prompts join the sequence they come last: attention has no order of its own, and
+positions were added before.
 
 Axes: B batch, L tokens, P prompt rows, S = L + P keys, H heads, D head dim, C width.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ class BlockSettings:
 
     normalize_over: NormalizeOver = "all"
     impl: Impl = "auto"
-    savings: Savings = Savings()
+    savings: Savings = field(default_factory=Savings)
 
 
 def prompt_keys_values(
@@ -55,6 +56,45 @@ def prompt_keys_values(
     normed = block.norm1(prompts.to(block.norm1.weight.dtype))
     keys, values = blocks.project_keys_values(block.attn, normed)
     return PromptKV(keys, values if value_affine is None else value_affine(values))
+
+
+class PromptKVCache:
+    """Keys and values of all prompts, kept while the parameters behind them do not change."""
+
+    def __init__(self) -> None:
+        self._state: object = None
+        self._kv: list[PromptKV] = []
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._state, self._kv = None, []
+
+    def get(
+        self, sources: Sequence[nn.Module | None], compute: Callable[[], list[PromptKV]]
+    ) -> list[PromptKV]:
+        """Return the kept keys and values, computing them if a parameter of `sources` changed.
+
+        Changes are seen by torch's version counters, which edits through `.data` do not touch; the
+        model clears the cache when it is moved, converted or switched to training or evaluation.
+        """
+        state = self._identify([p for m in sources if m is not None for p in m.parameters()])
+        if state is None:
+            return compute()
+        if state != self._state:
+            self._state, self._kv = state, compute()
+        return self._kv
+
+    @staticmethod
+    def _identify(parameters: list[nn.Parameter]) -> object:
+        # Parameters made under inference_mode have no version counter: nothing can be kept.
+        if any(p.is_inference() for p in parameters):
+            return None
+        device = parameters[0].device.type
+        enabled = torch.is_autocast_enabled(device)
+        precision = torch.get_autocast_dtype(device) if enabled else None
+        # Tensors made in inference mode must not be used outside it.
+        mode = torch.is_inference_mode_enabled()
+        return (mode, precision, [(id(p), p.data_ptr(), p.dtype, p._version) for p in parameters])
 
 
 def run_block(
@@ -86,8 +126,7 @@ def run_block(
         `[B, rows or L, C]`.
     """
     normed = block.norm1(x)
-    plain = prompts is not None and not settings.savings.prompt_keys_only
-    if plain:
+    if prompts is not None and not settings.savings.prompt_keys_only:
         projected = _project_joined(block, normed, prompts, value_affine)
     else:
         if prompts is not None and prompt_kv is None:
@@ -96,7 +135,8 @@ def run_block(
             prompt_kv = prompt_keys_values(block, prompts, value_affine)
         projected = _project_tokens(block, normed, prompt_kv, rows)
     heads = _attend(block, projected, settings, rope, gate, rows)
-    x, normed = x[:, :rows], normed[:, :rows]
+    if rows is not None:
+        x, normed = x[:, :rows], normed[:, :rows]
     x = blocks.finish_attention(block, x, normed, heads)
     return blocks.finish_block(block, x)
 
@@ -178,10 +218,11 @@ def dense_gated_attention(
     normalize_over: NormalizeOver,
     q_prompt: Tensor | None = None,
 ) -> Tensor:
-    """Compute `gated_attention` with a dense mask, as the official code does; the costly plain form.
+    """Compute `gated_attention` with a dense mask, as the official code does; the costly plain
+    form.
 
-    Takes the arguments of `gated_attention`; `q_prompt` `[B, P, H, D]` adds the prompts' own queries,
-    whose rows are computed and thrown away.
+    Takes the arguments of `gated_attention`; `q_prompt` `[B, P, H, D]` adds the prompts' own
+    queries, whose rows are computed and thrown away.
 
     Returns:
         `[B, Lq, H, D]`.

@@ -1,9 +1,9 @@
 """Golden files: outputs of the official code in float64, and their comparison with this library.
 
-A golden file (`.npz`) holds a case (`case/*`: seed, sizes, flags) and what the official code computed
-for it: logits, losses, selections, gradients and the logits after a few optimiser steps. Weights and
-images are not stored; they are drawn again from the seed with numpy's legacy generator, whose stream
-never changes. `python -m tcpa.verify` is the command.
+A golden file (`.npz`) holds a case (`case/*`: seed, sizes, flags) and what the official code
+computed for it: logits, losses, selections, gradients and the logits after a few optimiser steps.
+Weights and images are not stored; they are drawn again from the seed with numpy's legacy generator,
+whose stream never changes. `python -m tcpa.verify` is the command.
 """
 
 from collections.abc import Iterator, Mapping
@@ -70,7 +70,10 @@ def golden_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> Iterator
     generator = np.random.RandomState(seed)
     for name in sorted(shapes):
         z = generator.standard_normal(shapes[name])
-        if name.endswith(("norm1.weight", "norm2.weight", "ADVP_w")) or name == "backbone.norm.weight":
+        if (
+            name.endswith(("norm1.weight", "norm2.weight", "ADVP_w"))
+            or name == "backbone.norm.weight"
+        ):
             yield name, 1 + 0.1 * z
         elif name.endswith(("keys", "prompts")):
             yield name, 0.5 * z
@@ -160,7 +163,8 @@ def _indices(selected: Tensor, top_k: int) -> np.ndarray:
 
 
 def _gradients(model: PromptedViT) -> dict[str, Any]:
-    """Return gradients by official name: some layers of per-layer tensors, the norm of all of it."""
+    """Return gradients by official name: some layers of per-layer tensors, the norm of all of
+    it."""
     fields: dict[str, Any] = {}
     names = {id(p): name for name, p in model.named_parameters()}
     from .official import official_name
@@ -177,8 +181,8 @@ def _gradients(model: PromptedViT) -> dict[str, Any]:
 def compare(golden: Arrays, computed: Arrays) -> dict[str, float]:
     """Return the relative error of every field: largest difference over largest golden value.
 
-    A field of zeros counts by its absolute error; selections count differing tokens; a field that is
-    missing on either side counts as infinite, a golden NaN (no distance exists) as agreement.
+    A field of zeros counts by its absolute error; selections count differing tokens; a field that
+    is missing on either side counts as infinite, a golden NaN (no distance exists) as agreement.
     """
     errors: dict[str, float] = {}
     for name, expected in golden.items():

@@ -7,6 +7,7 @@ Axes: B batch, L tokens, P prompt rows, C width, N blocks, W gate words.
 """
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self, cast
 
@@ -15,17 +16,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import blocks
-from .checks import require, require_int, require_tensor
+from .checks import require, require_int
 from .config import PromptConfig, Savings, TCPAConfig, VPTConfig
 from .forward import (
     BlockSettings,
     PromptKV,
+    PromptKVCache,
     prompt_keys_values,
     run_block,
     run_block_on_tokens,
 )
 from .ops import Impl, choose_impl, match_prompts
-from .prompts import ConvImagePrompt, PromptPools, SimAM, TokenPrompts, ValueAffine
+from .prompts import PromptPools, TokenPrompts, ValueAffine, make_image_prompt
 from .reference import random_gate, role_gate
 
 
@@ -67,29 +69,21 @@ class PromptedViT(nn.Module):
         self.normalization = normalization
         self.epoch = 0
         self._recompute = False
-        self._kv_cache: tuple[object, list[PromptKV]] | None = None
+        self._kv_cache = PromptKVCache()
         self._build_prompts()
         self._freeze()
         self.train()
 
     def _build_prompts(self) -> None:
-        config, backbone = self.config, self.backbone
-        depth, width, attn = len(backbone.blocks), backbone.embed_dim, backbone.blocks[0].attn
-        weight = backbone.patch_embed.proj.weight
+        config, weight = self.config, blocks.input_weight(self.backbone)
         self.pools = self.tokens = self.value_affine = None
-        image_prompts: list[nn.Module] = []
         if isinstance(config, TCPAConfig):
-            self.pools = PromptPools(config, depth, width)
+            self.pools = PromptPools(config, self.backbone)
             if config.value_affine:
-                self.value_affine = ValueAffine(config.num_prompts, attn.num_heads * attn.head_dim)
-            if config.simam:
-                image_prompts.append(SimAM())
-            if config.image_prompt:
-                image_prompts.append(ConvImagePrompt(channels=weight.shape[1]))
+                self.value_affine = ValueAffine(config.num_prompts, self.backbone)
         elif isinstance(config, VPTConfig):
-            height, width_ = backbone.patch_embed.patch_size
-            self.tokens = TokenPrompts(config, depth, width, height * width_)
-        self.image_prompt = nn.Sequential(*image_prompts)
+            self.tokens = TokenPrompts(config, self.backbone)
+        self.image_prompt = make_image_prompt(config, blocks.input_channels(self.backbone))
         # Trained values stay in float32 at least, whatever the precision of the frozen weights.
         dtype = torch.promote_types(weight.dtype, torch.float32)
         for module in (self.pools, self.tokens, self.value_affine, self.image_prompt):
@@ -107,12 +101,12 @@ class PromptedViT(nn.Module):
         """Switch the prompts to training or evaluation; the backbone stays in evaluation mode."""
         super().train(mode)
         self.backbone.eval()
-        self._kv_cache = None
+        self._kv_cache.clear()
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moves and conversions replace values without touching version counters.
-        self._kv_cache = None
+        self._kv_cache.clear()
         return super()._apply(fn, recurse)
 
     def set_epoch(self, epoch: int) -> None:
@@ -147,7 +141,7 @@ class PromptedViT(nn.Module):
     @property
     def implementation(self) -> tuple[str, str]:
         """What computes the operations where the model is now, and why."""
-        return choose_impl(self.impl, self.backbone.patch_embed.proj.weight.device)
+        return choose_impl(self.impl, blocks.input_weight(self.backbone).device)
 
     @property
     def num_classes(self) -> int:
@@ -160,6 +154,12 @@ class PromptedViT(nn.Module):
         self.backbone.reset_classifier(num_classes)
         for layer in blocks.classifier_layers(self.backbone):
             layer.requires_grad_(True)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Save what was trained into a folder; see `tcpa.save_pretrained`."""
+        from .saving import save_pretrained
+
+        save_pretrained(self, directory)
 
     # Forward pass.
 
@@ -218,7 +218,7 @@ class PromptedViT(nn.Module):
         self, images: Tensor, head_rows: int | None
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """Return the last block's tokens (the first `head_rows` if given), distance and gates."""
-        self._check_images(images)
+        blocks.check_images(self.backbone, images)
         x, ropes = blocks.embed_images(self.backbone, self.image_prompt(images))
         if torch.is_grad_enabled() and not (self.savings.skip_input_gradient or x.requires_grad):
             x = x.requires_grad_()
@@ -246,7 +246,7 @@ class PromptedViT(nn.Module):
                 x, delta, gate = block(x, block_prompts, block_kv)
             distance = distance if delta is None else distance + delta
             gates.append(gate)
-        return x[:, :num_tokens], distance, gates
+        return (x[:, :num_tokens] if self._is_shallow else x), distance, gates
 
     def _block(
         self,
@@ -329,45 +329,17 @@ class PromptedViT(nn.Module):
         return None if source is None else source(batch_size)
 
     def _prompt_kv(self, prompts: Tensor) -> list[PromptKV] | None:
-        """Return keys and values of all blocks' prompts, from the cache when nothing can change."""
+        """Return keys and values of all blocks' prompts; None where each block computes its own."""
         if not (self.savings.prompt_kv_once and self.savings.prompt_keys_only):
             return None
-        reusable = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        key = self._kv_state() if reusable else None
-        if self._kv_cache is not None and key is not None and self._kv_cache[0] == key:
-            return self._kv_cache[1]
-        kv = [
-            prompt_keys_values(block, block_prompts, self.value_affine)
-            for block, block_prompts in zip(self.backbone.blocks, prompts, strict=True)
-        ]
-        self._kv_cache = None if key is None else (key, kv)
-        return kv
 
-    def _kv_state(self) -> object:
-        """Identify the values that prompt keys and values depend on; None if that is impossible."""
+        def compute() -> list[PromptKV]:
+            pairs = zip(self.backbone.blocks, prompts, strict=True)
+            return [prompt_keys_values(block, rows, self.value_affine) for block, rows in pairs]
+
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return compute()
         sources = [self.pools, self.tokens, self.value_affine]
         for block in self.backbone.blocks:
             sources += [block.norm1, block.attn]
-        used = [p for module in sources if module is not None for p in module.parameters()]
-        if any(p.is_inference() for p in used):
-            return None
-        device = used[0].device.type
-        enabled = torch.is_autocast_enabled(device)
-        precision = torch.get_autocast_dtype(device) if enabled else None
-        return (precision, [(id(p), p.data_ptr(), p.dtype, p._version) for p in used])
-
-    def _check_images(self, images: Tensor) -> None:
-        require_tensor("images", images, "[B, channels, height, width]", 4)
-        weight = self.backbone.patch_embed.proj.weight
-        got, expected = f"{images.shape[1]} channels", f"{weight.shape[1]}"
-        require(images.shape[1] == weight.shape[1], "images", got, expected, "convert them")
-        got, remedy = f"device {images.device}", "move images or model with .to()"
-        require(images.device == weight.device, "images", got, f"{weight.device}", remedy)
-        same = images.dtype == weight.dtype or torch.is_autocast_enabled(images.device.type)
-        remedy = "convert the images or call under torch.autocast"
-        require(same, "images", f"{images.dtype}", f"{weight.dtype}", remedy)
-        sizes = getattr(self.backbone.patch_embed, "img_size", None)
-        if sizes is not None and not self.backbone.dynamic_img_size:
-            got, expected = f"size {list(images.shape[2:])}", f"{list(sizes)}"
-            remedy = "resize them, or create the backbone with img_size= or dynamic_img_size=True"
-            require(tuple(images.shape[2:]) == tuple(sizes), "images", got, expected, remedy)
+        return self._kv_cache.get(sources, compute)

@@ -1,10 +1,12 @@
-"""The two operations of TCPA: public entries that check their arguments and choose an implementation.
+"""The two operations of TCPA: public entries that check their arguments and choose an
+implementation.
 
 `match_prompts` says which prompts every token may see, `gated_attention` attends accordingly.
 """
 
 import logging
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +35,20 @@ IMPLS = ("auto", "triton", "sdpa", "reference")
 
 _log = logging.getLogger("tcpa")
 _announced: set[tuple[str, str]] = set()
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype in which torch.autocast computes on a device; None while it is off."""
+    kind = device.type
+    available = torch.amp.is_autocast_available(kind)
+    on = available and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switch torch.autocast off for a device that knows it."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def choose_impl(impl: Impl, device: torch.device) -> tuple[str, str]:
@@ -89,8 +105,8 @@ def match_prompts(
 ) -> tuple[Tensor, Tensor]:
     """Select prompts for every token by cosine similarity and measure the match distance.
 
-    Every prefix token selects the `cls_top_k` entries of the CLS pool whose keys are most similar to
-    it, every patch the `image_top_k` entries of the image pool. With S = 1 - cos(x_l, key_r) the
+    Every prefix token selects the `cls_top_k` entries of the CLS pool whose keys are most similar
+    to it, every patch the `image_top_k` entries of the image pool. With S = 1 - cos(x_l, key_r) the
     distance is the mean of S over the selections of all prefix tokens plus the mean of S over the
     selections of all patches.
 
@@ -110,8 +126,8 @@ def match_prompts(
 
     Returns:
         gate: int32 `[B, L, W]` with W = ceil(P / 32) words for the P = R_cls * lengths[0] +
-            R_image * lengths[1] prompt rows; bit r of token l says that it sees prompt row r. Has no
-            gradient.
+            R_image * lengths[1] prompt rows; bit r of token l says that it sees prompt row r. Has
+            no gradient.
         distance: scalar, float32 (float64 for float64 `x`), 0 where nothing can be selected.
             Differentiable with respect to `x` and the keys.
 
@@ -120,8 +136,8 @@ def match_prompts(
         RuntimeError: the `impl` that was asked for cannot run here.
 
     Numerics:
-        Similarities in float32 or better, whatever the dtype of `x`. Ties go to the lower index; NaN
-        counts as most similar. A sample's gate depends on that sample alone. Deterministic.
+        Similarities in float32 or better, whatever the dtype of `x`. Ties go to the lower index;
+        NaN counts as most similar. A sample's gate depends on that sample alone. Deterministic.
 
     Cost:
         2 * B * L * C * R multiply-adds and one read of `x`; 4 * W bytes per token are written.
@@ -144,7 +160,7 @@ def match_prompts(
     if gate is not None:
         _check_gate(gate, (x.shape[0], x.shape[1], num_gate_words(num_prompts)), x.device)
     _resolve(impl, x.device)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return match_prompts_reference(
             x,
             cls_keys,
@@ -207,8 +223,8 @@ def gated_attention(
     Source:
         Section 3.3, Eq. 12-13 and Eq. 6-7.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = autocast_dtype(require_tensor("q", q, "[B, Lq, H, D]", 4).device)
+    if dtype is not None:
         q, k, v, k_prompt, v_prompt = (t.to(dtype) for t in (q, k, v, k_prompt, v_prompt))
     _check_attention(q, k, v, k_prompt, v_prompt)
     if gate is not None:
@@ -224,12 +240,11 @@ def gated_attention(
     attend = gated_attention_reference
     if name == "sdpa" or ungated:
         attend = sdpa.gated_attention_sdpa
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         return attend(q, k, v, k_prompt, v_prompt, gate, scale=scale, normalize_over=normalize_over)
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor) -> None:
-    require_tensor("q", q, "[B, Lq, H, D]", 4)
     batch, _, heads, head_dim = q.shape
     for name, tensor in (("k", k), ("v", v)):
         require_tensor(name, tensor, "[B, L, H, D]", 4)

@@ -4,21 +4,47 @@ Axes: B batch, P prompt rows of a block, R pool entries, C width, N blocks.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import TCPAConfig, VPTConfig
+from .config import PromptConfig, TCPAConfig, VPTConfig
+
+
+@torch.library.custom_op("tcpa::fourier_transform", mutates_args=())
+def _fourier_transform(prompts: Tensor, dims: list[int]) -> Tensor:
+    exact = prompts.to(torch.promote_types(prompts.dtype, torch.float32))
+    # Contiguous: the real part alone is a view with every second element.
+    return torch.fft.fftn(exact, dim=dims).real.to(prompts.dtype).contiguous()
+
+
+@_fourier_transform.register_fake
+def _(prompts: Tensor, dims: list[int]) -> Tensor:
+    return torch.empty_like(prompts, memory_format=torch.contiguous_format)
+
+
+def _save_dims(ctx: Any, inputs: tuple[Tensor, list[int]], output: Tensor) -> None:
+    ctx.dims = inputs[1]
+
+
+def _transform_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    # The map is its own transpose.
+    return _fourier_transform(grad, ctx.dims), None
+
+
+_fourier_transform.register_autograd(_transform_gradient, setup_context=_save_dims)
 
 
 def fourier_transform(prompts: Tensor, dims: tuple[int, ...] = (-2, -1)) -> Tensor:
     """Return the real part of the unnormalised discrete Fourier transform of the prompts.
 
-    The map is linear and its own transpose. Computed in float32 or better.
+    The map is linear and its own transpose. It is an opaque operation, because compilers generate
+    no code for complex numbers. Computed in float32 or better.
 
     Args:
-        prompts: `[..., P, C]`.
+        prompts: float `[..., P, C]`.
         dims: dimensions to transform.
 
     Returns:
@@ -27,10 +53,7 @@ def fourier_transform(prompts: Tensor, dims: tuple[int, ...] = (-2, -1)) -> Tens
     Source:
         VFPT (NeurIPS 2024); the official TCPA code transforms both pools jointly.
     """
-    if prompts.shape[-2] == 0:
-        return prompts
-    exact = prompts.to(torch.promote_types(prompts.dtype, torch.float32))
-    return torch.fft.fftn(exact, dim=dims).real.to(prompts.dtype)
+    return _fourier_transform(prompts, list(dims)) if prompts.numel() else prompts
 
 
 def _dropout(prompts: Tensor, p: float, batch_size: int, training: bool, shared: bool) -> Tensor:
@@ -48,9 +71,10 @@ class PromptPools(nn.Module):
     All values start from U(-1, 1), as in the official code.
     """
 
-    def __init__(self, config: TCPAConfig, depth: int, width: int) -> None:
+    def __init__(self, config: TCPAConfig, backbone: Any) -> None:
         super().__init__()
         self.config = config
+        depth, width = len(backbone.blocks), backbone.embed_dim
         cls_pool, image_pool = config.cls_pool_size, config.image_pool_size
         self.cls_keys = nn.Parameter(torch.empty(depth, cls_pool, width))
         self.cls_prompts = nn.Parameter(
@@ -99,11 +123,12 @@ class PromptPools(nn.Module):
 class TokenPrompts(nn.Module):
     """VPT's prompt tokens: one set for every block (deep) or for the first one (shallow)."""
 
-    def __init__(self, config: VPTConfig, depth: int, width: int, patch_area: int) -> None:
+    def __init__(self, config: VPTConfig, backbone: Any) -> None:
         super().__init__()
         self.config = config
-        self.patch_area = patch_area
-        self.prompts = nn.Parameter(torch.empty(depth if config.deep else 1, config.length, width))
+        self.patch_area = math.prod(backbone.patch_embed.patch_size)
+        depth = len(backbone.blocks) if config.deep else 1
+        self.prompts = nn.Parameter(torch.empty(depth, config.length, backbone.embed_dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -128,8 +153,10 @@ class TokenPrompts(nn.Module):
 class ValueAffine(nn.Module):
     """Scale and shift the values of every prompt row, shared by all blocks (official flag ADVP)."""
 
-    def __init__(self, num_prompts: int, width: int) -> None:
+    def __init__(self, num_prompts: int, backbone: Any) -> None:
         super().__init__()
+        attn = backbone.blocks[0].attn
+        width = attn.num_heads * attn.head_dim
         self.scale = nn.Parameter(torch.empty(1, num_prompts, width))
         self.shift = nn.Parameter(torch.empty(1, num_prompts, width))
         self.reset_parameters()
@@ -150,7 +177,8 @@ class ValueAffine(nn.Module):
 
 
 class ConvImagePrompt(nn.Module):
-    """Add a learned residual to the normalised image: 11 x 11 convolutions 3 -> 9 -> 3 with PReLU."""
+    """Add a learned residual to the normalised image: 11 x 11 convolutions 3 -> 9 -> 3 with
+    PReLU."""
 
     def __init__(self, channels: int = 3, hidden: int = 9, kernel_size: int = 11) -> None:
         super().__init__()
@@ -176,3 +204,13 @@ class SimAM(nn.Module):
         pixels = images.shape[-2] * images.shape[-1]
         variance = deviation.sum(dim=(-2, -1), keepdim=True) / (pixels - 1)
         return images * torch.sigmoid(deviation / (4 * (variance + self.regularizer)) + 0.5)
+
+
+def make_image_prompt(config: PromptConfig | None, channels: int) -> nn.Sequential:
+    """Return what a configuration does to the image, in the official order; empty for nothing."""
+    layers: list[nn.Module] = []
+    if isinstance(config, TCPAConfig) and config.simam:
+        layers.append(SimAM())
+    if isinstance(config, TCPAConfig) and config.image_prompt:
+        layers.append(ConvImagePrompt(channels=channels))
+    return nn.Sequential(*layers)

@@ -1,12 +1,13 @@
 """Reference operations: what `match_prompts` and `gated_attention` compute, written for reading.
 
-These functions are the specification. Every faster implementation is compared with them, so they use
-plain tensor algebra, run on any device and in any floating-point dtype, and leave the gradients to
-autograd.
+These functions are the specification. Every faster implementation is compared with them, so they
+use plain tensor algebra, run on any device and in any floating-point dtype, and leave the gradients
+to autograd.
 
-Axes: B batch, H heads, L tokens, P prompt rows, S = L + P keys, D head dim, C = H * D, R pool entries,
-W = ceil(P / 32) gate words. Tokens are ordered prefix tokens (CLS, registers, ...), then patches;
-prompt rows are ordered CLS pool, then image pool, each entry contributing `length` consecutive rows.
+Axes: B batch, H heads, L tokens, P prompt rows, S = L + P keys, D head dim, C = H * D, R pool
+entries, W = ceil(P / 32) gate words. Tokens are ordered prefix tokens (CLS, registers, ...), then
+patches; prompt rows are ordered CLS pool, then image pool, each entry contributing `length`
+consecutive rows.
 """
 
 from typing import Literal
@@ -78,9 +79,11 @@ def match_prompts_reference(
     See `tcpa.match_prompts` for arguments, results and source; this function trusts its arguments.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    prefix, patches = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:]
-    cls_similarity = cosine_similarity(prefix.to(dtype), cls_keys.to(dtype))
-    image_similarity = cosine_similarity(patches.to(dtype), image_keys.to(dtype))
+    # One product for both pools: slicing x instead would cost a zero-filled gradient per slice.
+    num_cls = cls_keys.shape[0]
+    similarity = cosine_similarity(x.to(dtype), torch.cat((cls_keys, image_keys)).to(dtype))
+    cls_similarity = similarity[:, :num_prefix_tokens, :num_cls]
+    image_similarity = similarity[:, num_prefix_tokens:, num_cls:]
     if gate is None:
         cls_selected = select_entries(cls_similarity, cls_top_k, selection)
         image_selected = select_entries(image_similarity, image_top_k, selection)
@@ -253,12 +256,13 @@ def gated_attention_reference(
 ) -> Tensor:
     """Attend to all tokens and to the prompts whose gate bit is set.
 
-    See `tcpa.gated_attention` for arguments, results and source; this function trusts its arguments.
+    See `tcpa.gated_attention` for arguments, results and source; this function trusts its
+    arguments.
     """
     num_tokens, num_prompts, head_dim = k.shape[1], k_prompt.shape[-3], q.shape[-1]
-    scale = head_dim**-0.5 if scale is None else scale
+    factor = head_dim**-0.5 if scale is None else scale
     # [B, L, H, D] -> [B, H, L, D]; shared prompts [P, H, D] -> [H, P, D] broadcast over the batch.
-    q_BHLD = q.transpose(1, 2) * scale
+    q_BHLD = q.transpose(1, 2) * factor
     k_BHLD, v_BHLD = k.transpose(1, 2), v.transpose(1, 2)
     k_prompt, v_prompt = k_prompt.transpose(-3, -2), v_prompt.transpose(-3, -2)
     token_scores = q_BHLD @ k_BHLD.mT

@@ -1,13 +1,14 @@
 """Gated attention over PyTorch's fused attention: no score matrix of the tokens is ever stored.
 
-Where every query sees every prompt this is `scaled_dot_product_attention` over the concatenated keys.
-On the CPU a gated softmax is split in two and merged by its statistics, exactly. With the log-sum-exp
-of the tokens' scores a, of the prompts' scores b, and c = log(exp a + exp b):
+Where every query sees every prompt this is `scaled_dot_product_attention` over the concatenated
+keys. On the CPU a gated softmax is split in two and merged by its statistics, exactly. With the
+log-sum-exp of the tokens' scores a, of the prompts' scores b, and c = log(exp a + exp b):
 
     o = exp(a - c) o_tokens + sum_r exp(s_r - c) g_r v_r.
 
 The backward pass of the fused kernel, given the merged `o` and `c` in place of its own, returns the
-token gradients of the joint softmax: it uses them only as P = exp(s - c) and delta = rowsum(do * o).
+token gradients of the joint softmax: it uses them only as P = exp(s - c) and delta = rowsum(do *
+    o).
 
 Axes: B batch, H heads, L tokens, P prompt rows, D head dim.
 """
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .reference import NormalizeOver, unpack_gate
 
@@ -42,16 +42,16 @@ def gated_attention_sdpa(
     normalize_over: NormalizeOver = "all",
 ) -> Tensor:
     """Compute `gated_attention`; takes the same arguments and trusts them."""
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if gate is None or k_prompt.shape[-3] == 0:
-        return _ungated(q, k, v, k_prompt, v_prompt, scale)
+        return _ungated(q, k, v, k_prompt, v_prompt, factor)
     visible, hidden = unpack_gate(gate, k_prompt.shape[-3])[:, None], None
     if normalize_over == "visible":
         visible, hidden = None, ~visible
     # [B, L, H, D] -> [B, H, L, D]; shared prompts [P, H, D] -> [H, P, D].
     tokens = (t.transpose(1, 2) for t in (q, k, v))
     prompts = (t.transpose(-3, -2) for t in (k_prompt, v_prompt))
-    out = _GatedAttention.apply(*tokens, *prompts, visible, hidden, scale)
+    out = _GatedAttention.apply(*tokens, *prompts, visible, hidden, factor)
     return out.transpose(1, 2)
 
 
@@ -63,7 +63,7 @@ def _ungated(
         shape = (len(q), *k_prompt.shape[-3:])
         k = torch.cat((k, k_prompt.expand(shape)), dim=1)
         v = torch.cat((v, v_prompt.expand(shape)), dim=1)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    q, k, v = (_with_dense_rows(t).transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
@@ -82,6 +82,7 @@ class _GatedAttention(torch.autograd.Function):
         hidden: Tensor | None,
         scale: float,
     ) -> Tensor:
+        q, k, v = _with_dense_rows(q), _with_dense_rows(k), _with_dense_rows(v)
         token_out, token_lse = _forward(q, k, v, 0.0, False, scale=scale)
         scores = _prompt_scores(q, k_prompt, hidden, scale)
         lse = torch.logaddexp(token_lse, scores.logsumexp(-1).to(token_lse.dtype))
@@ -93,9 +94,8 @@ class _GatedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        grad = _with_dense_rows(grads[0])
         q, k, v, k_prompt, v_prompt, visible, hidden, out, lse = ctx.saved_tensors
         needs_q, needs_k, needs_v, needs_k_prompt, needs_v_prompt, *_ = ctx.needs_input_grad
         dq = dk = dv = dk_prompt = dv_prompt = None
@@ -113,6 +113,11 @@ class _GatedAttention(torch.autograd.Function):
             if needs_k_prompt:
                 dk_prompt = _reduce(dscores.mT @ q, k_prompt)
         return dq, dk, dv, dk_prompt, dv_prompt, None, None, None
+
+
+def _with_dense_rows(tensor: Tensor) -> Tensor:
+    """Make the last dimension contiguous, which the fused kernel takes for granted."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _prompt_scores(q: Tensor, k_prompt: Tensor, hidden: Tensor | None, scale: float) -> Tensor:

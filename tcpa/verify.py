@@ -1,0 +1,67 @@
+"""Check this library against outputs of the official code: `python -m tcpa.verify FILE...`.
+
+Prints one line per file with the largest relative error of each field. The exit status is 0 when
+all errors are within the tolerance, 1 when one is not, 2 when a file cannot be used.
+"""
+
+import argparse
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .config import Savings
+from .golden import check
+
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
+
+
+def load_golden(path: Path) -> dict[str, Any]:
+    """Read a golden file.
+
+    Raises:
+        ValueError: it is not a golden file; the message says why.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            golden = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; golden files are in tests/golden") from None
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: cannot be read as .npz ({error}); is it damaged?") from error
+    if "lr" not in golden and "case/seed" not in golden:
+        raise ValueError(f"{path}: no case/* fields, expected a golden file; see tests/golden")
+    return golden
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tcpa.verify", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="golden .npz file")
+    parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="float64")
+    parser.add_argument(
+        "--plain", action="store_true", help="check the plain computation, without any saving"
+    )
+    options = parser.parse_args(argv)
+    status = 0
+    for path in options.files:
+        try:
+            golden = load_golden(path)
+            savings = Savings.none() if options.plain else None
+            errors = check(golden, dtype=getattr(torch, options.dtype), savings=savings)
+        except (ValueError, KeyError) as error:
+            print(f"unusable  {error}", file=sys.stderr)
+            status = 2
+            continue
+        passed = all(error <= TOLERANCE[options.dtype] for error in errors.values())
+        fields = "  ".join(f"{name} {error:.0e}" for name, error in errors.items())
+        print(f"{'ok  ' if passed else 'FAIL'} {path.name}: {fields}", flush=True)
+        status = status or int(not passed)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

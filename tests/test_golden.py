@@ -1,0 +1,101 @@
+"""Promise: the model computes what the official code computed: 1e-9 in float64, 1e-4 in float32."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tcpa import Savings, verify
+from tcpa.golden import case_of, check, compare, config_of, golden_weights
+from tcpa.verify import TOLERANCE, load_golden, main
+
+FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_golden_files(path, dtype):
+    errors = check(load_golden(path), dtype=getattr(torch, dtype))
+    assert errors and all(e <= TOLERANCE[dtype] for e in errors.values()), errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vfpt_tcpa_len4", "vfpt_deep_10"])
+def test_golden_files_without_any_saving(name):
+    path = next(p for p in FILES if p.stem == name)
+    errors = check(load_golden(path), savings=Savings.none())
+    assert all(e <= TOLERANCE["float64"] for e in errors.values()), errors
+
+
+def test_every_kind_of_case_is_there():
+    cases = [case_of(load_golden(p)) for p in FILES if p.stem != "lr_schedule"]
+    assert len(cases) >= 8
+    assert {type(config_of(case)).__name__ for case in cases} == {"TCPAConfig", "VPTConfig"}
+    assert {case["prompt_transform"] for case in cases} == {"fourier", "identity"}
+    flags = [key for case in cases for key in ("iprompt", "advp", "simam") if case.get(key)]
+    assert set(flags) == {"iprompt", "advp", "simam"}
+
+
+def test_the_comparison_can_fail():
+    golden = {"logits": np.array([1.0, 2.0]), "cls_index": np.array([[0, 1], [2, 3]])}
+    assert compare(golden, golden) == {"logits": 0.0, "cls_index": 0.0}
+    wrong = {"logits": np.array([1.0, 2.2]), "cls_index": np.array([[1, 0], [2, 4]])}
+    assert compare(golden, wrong) == {"logits": pytest.approx(0.1), "cls_index": 1.0}
+    assert compare(golden, {"logits": np.array([1.0, np.nan])})["logits"] == float("inf")
+    assert compare(golden, {})["cls_index"] == float("inf")
+
+
+def test_golden_weights_follow_the_recipe():
+    shapes = {"b.weight": (3,), "norm1.weight": (2,), "a.keys": (2,), "z.bias": (1,)}
+    drawn = dict(golden_weights(shapes, seed=5))
+    generator = np.random.RandomState(5)
+    for name, factor, offset in (
+        ("a.keys", 0.5, 0),
+        ("b.weight", 0.04, 0),
+        ("norm1.weight", 0.1, 1),
+    ):
+        expected = offset + factor * generator.standard_normal(shapes[name])
+        np.testing.assert_array_equal(drawn[name], expected)
+
+
+def test_command_prints_a_line_per_file_and_fails_on_a_difference(tmp_path, capsys, monkeypatch):
+    schedule = next(p for p in FILES if p.stem == "lr_schedule")
+    assert main([str(schedule)]) == 0
+    assert capsys.readouterr().out.startswith("ok   lr_schedule.npz: lr ")
+    values = dict(np.load(schedule))
+    values["lr"] = values["lr"] * (1 + 1e-6)
+    np.savez(tmp_path / "wrong.npz", **values)
+    assert main([str(schedule), str(tmp_path / "wrong.npz")]) == 1
+    assert "FAIL wrong.npz: lr 1e-06" in capsys.readouterr().out
+    seen = {}
+    monkeypatch.setattr(
+        verify, "check", lambda golden, **options: seen.update(options) or {"a": 0.0}
+    )
+    assert main([str(FILES[-1]), "--plain", "--dtype", "float32"]) == 0
+    assert seen == {"dtype": torch.float32, "savings": Savings.none()}
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"hello"])
+def test_unusable_files_are_named(tmp_path, capsys, content):
+    path = tmp_path / "broken.npz"
+    path.write_bytes(content)
+    assert main([str(path)]) == 2
+    assert "broken.npz: cannot be read as .npz" in capsys.readouterr().err
+
+
+def test_files_of_other_kinds_are_refused(tmp_path, capsys):
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    np.savez(tmp_path / "trap.npz", lr=np.array([object()], dtype=object))
+    assert main([str(tmp_path / n) for n in ("other.npz", "trap.npz", "missing.npz")]) == 2
+    errors = capsys.readouterr().err
+    assert "other.npz: no case/* fields, expected a golden file" in errors
+    assert "trap.npz: cannot be read" in errors and "missing.npz: no such file" in errors
+
+
+def test_a_file_that_lacks_a_setting_is_named(tmp_path, capsys):
+    np.savez(tmp_path / "partial.npz", **{"case/seed": 1, "case/n_classes": 3})
+    assert main([str(tmp_path / "partial.npz")]) == 2
+    assert "partial.npz" in capsys.readouterr().err
+    assert dataclasses.is_dataclass(Savings)

@@ -1,0 +1,407 @@
+"""Promise: `wrap` works on every covered timm model, trains only prompts and head, and composes
+with checkpointing, autocast and torch.compile."""
+
+import copy
+import dataclasses
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from models import ARCHITECTURES
+from torch import nn
+
+import tcpa
+from tcpa import Savings, TCPAConfig, VPTConfig, unpack_gate, wrap
+
+TCPA = TCPAConfig(
+    cls_pool_size=5, image_pool_size=6, cls_top_k=2, image_top_k=3, prompt_dropout=0.0
+)
+QUIET = dataclasses.replace(TCPA, random_selection_epochs=0)
+TINY = ARCHITECTURES["vit-tiny"]
+
+
+def step(model, images, **options):
+    """One backward pass; returns logits, distance and gradients by name."""
+    logits, distance = model(images, return_distance=True, **options)
+    labels = torch.arange(len(images)) % model.num_classes
+    (F.cross_entropy(logits.float(), labels) + 0.1 * distance).backward()
+    grads = {n: p.grad for n, p in model.trainable_named_parameters().items()}
+    return logits.detach(), distance.detach(), grads
+
+
+@pytest.mark.parametrize("key", ARCHITECTURES)
+def test_without_prompts_the_model_is_the_backbone(key):
+    backbone = ARCHITECTURES[key].create(torch.float64).eval()
+    images = ARCHITECTURES[key].images(dtype=torch.float64)
+    expected, features = backbone(images), backbone.forward_features(images)
+    for savings in (Savings(), Savings.none()):
+        model = wrap(backbone, None, savings=savings)
+        torch.testing.assert_close(model(images), expected, rtol=1e-11, atol=1e-11)
+        got = model.forward_features(images)
+        torch.testing.assert_close(got, features, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(model.forward_head(got), expected, rtol=1e-11, atol=1e-11)
+
+
+def timm_with_prompt_tokens(backbone, prompts, images, deep):
+    """Let timm itself run prompts as further prefix tokens, which it does not rotate."""
+    prefix, count = backbone.num_prefix_tokens, prompts.shape[1]
+    x, ropes = tcpa.blocks.embed_images(backbone, images)
+    for index, (block, rope) in enumerate(zip(backbone.blocks, ropes, strict=True)):
+        if deep or index == 0:
+            rows = prompts[index].expand(len(x), -1, -1)
+            x = torch.cat((x[:, :prefix], rows, x[:, prefix:]), dim=1)
+        if rope is None:
+            x = block(x)
+        else:
+            block.attn.num_prefix_tokens = prefix + count
+            x = block(x, rope=rope)
+            block.attn.num_prefix_tokens = prefix
+        if deep:
+            x = torch.cat((x[:, :prefix], x[:, prefix + count :]), dim=1)
+    if not deep:
+        x = torch.cat((x[:, :prefix], x[:, prefix + count :]), dim=1)
+    return backbone.forward_head(backbone.norm(x))
+
+
+@pytest.mark.parametrize("deep", [True, False], ids=["deep", "shallow"])
+@pytest.mark.parametrize("key", ARCHITECTURES)
+def test_prompts_are_further_tokens_of_the_timm_model(key, deep):
+    backbone = ARCHITECTURES[key].create(torch.float64).eval()
+    images = ARCHITECTURES[key].images(dtype=torch.float64)
+    model = wrap(copy.deepcopy(backbone), VPTConfig(length=4, deep=deep, init="uniform"))
+    with torch.no_grad():
+        expected = timm_with_prompt_tokens(backbone, model.tokens.prompts, images, deep)
+        torch.testing.assert_close(model(images), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("key", ARCHITECTURES)
+def test_a_step_trains_prompts_and_head_and_nothing_else(key):
+    backbone = ARCHITECTURES[key].create()
+    before = copy.deepcopy(backbone.state_dict())
+    model = wrap(backbone, QUIET, num_classes=7)
+    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=0.1)
+    logits, distance, grads = step(model, ARCHITECTURES[key].images())
+    assert logits.shape == (3, 7) and distance > 0
+    assert all(g is not None and g.isfinite().all() for g in grads.values())
+    trained = {n: p.detach().clone() for n, p in model.trainable_named_parameters().items()}
+    optimizer.step()
+    for name, old in trained.items():
+        new = model.get_parameter(name)
+        assert old.numel() == 0 or not torch.equal(new, old), name
+    after = backbone.state_dict()
+    heads = ("head.", "head_dist.")
+    assert all(torch.equal(after[n], v) for n, v in before.items() if not n.startswith(heads))
+    layers = [backbone.head] + ([backbone.head_dist] if hasattr(backbone, "head_dist") else [])
+    head_size = sum(p.numel() for layer in layers for p in layer.parameters())
+    cls_pool = 5 if backbone.num_prefix_tokens else 0
+    assert model.num_trainable == head_size + 2 * 2 * backbone.embed_dim * (cls_pool + 6)
+
+
+@pytest.mark.parametrize("key", ["vit-base", "dinov3", "gap-without-cls"])
+def test_selection_has_top_k_bits_of_the_token_s_pool(key):
+    backbone = ARCHITECTURES[key].create()
+    model = wrap(backbone, QUIET)
+    prefix, cls_rows = backbone.num_prefix_tokens, model.config.cls_rows
+    gates = model.selection(ARCHITECTURES[key].images())
+    assert len(gates) == 2 and model.training
+    for gate in gates:
+        visible = unpack_gate(gate, model.config.num_prompts)
+        assert (visible[:, :prefix, :cls_rows].sum(-1) == (2 if prefix else 0)).all()
+        assert (visible[:, prefix:, cls_rows:].sum(-1) == 3).all()
+        assert not visible[:, :prefix, cls_rows:].any() and not visible[:, prefix:, :cls_rows].any()
+
+
+def test_a_model_without_prefix_tokens_drops_the_cls_pool():
+    model = wrap(ARCHITECTURES["gap-without-cls"].create(), QUIET)
+    assert model.config == dataclasses.replace(QUIET, cls_pool_size=0, cls_top_k=0)
+
+
+def test_role_coordination_selects_nothing_and_measures_nothing():
+    model = wrap(TINY.create(), dataclasses.replace(QUIET, coordination="role"))
+    _, distance, grads = step(model, TINY.images())
+    assert distance == 0
+    assert grads["pools.cls_keys"] is None and grads["pools.cls_prompts"].abs().max() > 0
+
+
+def test_normalize_over_farthest_and_fourier_scope_change_the_function():
+    images, logits = TINY.images(), []
+    for change in (
+        {},
+        {"normalize_over": "visible"},
+        {"selection": "farthest"},
+        {"fourier_scope": "pool"},
+        {"prompt_transform": "identity"},
+        {"simam": True},
+        {"value_affine": True},
+        {"image_prompt": True},
+    ):
+        backbone = TINY.create()
+        torch.manual_seed(3)
+        logits.append(wrap(backbone, dataclasses.replace(QUIET, **change)).eval()(images))
+    assert len({tuple(x.flatten().tolist()) for x in logits}) == len(logits)
+
+
+def test_random_selection_lasts_for_its_epochs_in_training_only():
+    config = dataclasses.replace(TCPA, random_selection_epochs=2)
+    model, images = wrap(TINY.create(), config), TINY.images()
+
+    def logits(epoch, seed):
+        model.set_epoch(epoch)
+        torch.manual_seed(seed)
+        return model(images).detach()
+
+    assert torch.equal(logits(0, 1), logits(0, 1)) and not torch.equal(logits(0, 1), logits(0, 2))
+    assert not torch.equal(logits(1, 1), logits(1, 2))
+    assert torch.equal(logits(2, 1), logits(2, 2))
+    model.eval()
+    assert torch.equal(logits(0, 1), logits(5, 2))
+
+
+def test_dropout_and_noise_act_in_training_only_and_per_sample():
+    images = TINY.images(1).expand(4, -1, -1, -1)
+    for change, per_sample in (
+        ({"prompt_dropout": 0.5}, True),
+        ({"prompt_dropout": 0.5, "prompt_dropout_shared": True}, False),
+        ({"token_noise": 0.1}, True),
+    ):
+        model = wrap(TINY.create(torch.float64), dataclasses.replace(QUIET, **change))
+        out = model(images.double()).detach()
+        again = model(images.double()).detach()
+        assert not torch.allclose(out, again), change
+        spread = (out - out[0]).abs().max()
+        assert (spread > 1e-6) == per_sample, change
+        model.eval()
+        assert torch.equal(model(images.double()), model(images.double()))
+
+
+def test_prompt_dropout_keeps_the_expected_value():
+    config = dataclasses.replace(QUIET, prompt_dropout=0.25, prompt_transform="identity")
+    model = wrap(TINY.create(), config)
+    drawn = model.pools(2000)[0]
+    clean = model.pools.eval()(1)[0]
+    kept = drawn != 0
+    assert abs(kept.float().mean() - 0.75) < 0.01
+    torch.testing.assert_close(drawn[kept], (clean / 0.75).expand_as(drawn)[kept])
+
+
+@pytest.mark.parametrize("key", ["vit-tiny", "dinov3"])
+def test_checkpointing_changes_nothing(key):
+    config = dataclasses.replace(TCPA, prompt_dropout=0.2, token_noise=0.01)
+    results = []
+    for enable in (False, True):
+        backbone = ARCHITECTURES[key].create(torch.float64)
+        torch.manual_seed(3)
+        model = wrap(backbone, config)
+        model.set_grad_checkpointing(enable)
+        results.append(step(model, ARCHITECTURES[key].images(dtype=torch.float64)))
+    (logits, distance, grads), (logits2, distance2, grads2) = results
+    assert torch.equal(logits, logits2) and torch.equal(distance, distance2)
+    assert all(torch.equal(grads[n], grads2[n]) for n in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("key", ["vit-tiny", "dinov3", "clip", "dinov2-registers"])
+def test_autocast_trains_float32_parameters(key, dtype):
+    exact = wrap(ARCHITECTURES[key].create(), QUIET)
+    low = wrap(ARCHITECTURES[key].create(), QUIET)
+    low.load_state_dict(exact.state_dict())
+    logits, distance, grads = step(exact, ARCHITECTURES[key].images())
+    with torch.autocast("cpu", dtype):
+        low_logits, low_distance, low_grads = step(low, ARCHITECTURES[key].images())
+    assert low_logits.dtype == dtype and low_distance.dtype == torch.float32
+    assert (low_logits.float() - logits).norm() < 0.1 * logits.norm()
+    torch.testing.assert_close(low_distance, distance, rtol=0.02, atol=0)
+    for name, grad in grads.items():
+        assert low_grads[name].dtype == torch.float32 and low_grads[name].isfinite().all()
+        assert grad.numel() == 0 or (low_grads[name] - grad).norm() < 0.5 * grad.norm(), name
+
+
+def test_frozen_weights_may_be_bfloat16():
+    model = wrap(TINY.create().bfloat16(), QUIET)
+    assert model.pools.cls_keys.dtype == torch.float32
+    logits, _, grads = step(model, TINY.images().bfloat16())
+    assert logits.dtype == torch.bfloat16
+    assert grads["pools.image_prompts"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("key", "config"),
+    [
+        ("vit-tiny", dataclasses.replace(TCPA, prompt_dropout=0.1)),
+        ("vit-tiny", VPTConfig.vfpt(length=4)),
+        ("dinov3", QUIET),
+    ],
+    ids=["tcpa-random-dropout", "vfpt", "dinov3"],
+)
+def test_torch_compile_captures_the_whole_model(key, config):
+    torch._dynamo.reset()
+    torch.manual_seed(3)
+    model = wrap(ARCHITECTURES[key].create(), config)
+    images = ARCHITECTURES[key].images()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(4)
+    expected = step(model, images)
+    model.zero_grad()
+    torch.manual_seed(4)
+    got = step_of(compiled, model, images)
+    torch.testing.assert_close(got, expected)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), model(images))
+
+
+def step_of(compiled, model, images):
+    """`step` through a compiled model."""
+    logits, distance = compiled(images, return_distance=True)
+    labels = torch.arange(len(images)) % model.num_classes
+    (F.cross_entropy(logits, labels) + 0.1 * distance).backward()
+    grads = {n: p.grad for n, p in model.trainable_named_parameters().items()}
+    return logits.detach(), distance.detach(), grads
+
+
+@pytest.mark.slow
+def test_torch_compile_generates_code():
+    torch._dynamo.reset()
+    model = wrap(TINY.create(), QUIET).eval()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(TINY.images()), model(TINY.images()))
+
+
+def test_dynamic_image_sizes():
+    architecture = ARCHITECTURES["dynamic-size"]
+    model = wrap(architecture.create(), QUIET).eval()
+    for size in (64, 96):
+        assert model(torch.randn(2, 3, size, size + 16)).shape == (2, 5)
+
+
+def test_a_non_finite_image_does_not_reach_another():
+    model = wrap(TINY.create(), QUIET).eval()
+    images = TINY.images()
+    clean = model(images)
+    images[1, 0, 3, 3] = float("nan")
+    out = model(images)
+    assert torch.equal(out[[0, 2]], clean[[0, 2]]) and out[1].isnan().all()
+
+
+def test_initialisation_is_the_official_one():
+    torch.manual_seed(0)
+    model = wrap(TINY.create(), TCPAConfig.official("cub"), num_classes=200)
+    for values in (model.pools.cls_keys, model.pools.image_prompts):
+        assert values.min() < -0.998 and values.max() > 0.998 and values.abs().max() <= 1
+    vpt = wrap(TINY.create(), VPTConfig(length=50))
+    bound = (6 / (3 * 16 * 16 + 192)) ** 0.5
+    assert 0.99 * bound < vpt.tokens.prompts.max() <= bound
+    head = model.backbone.head.weight
+    assert 0.98 / 192**0.5 < head.abs().max() <= 1 / 192**0.5
+
+
+def test_official_parameter_count():
+    # 2 pools x 18 entries x (key + prompt) x 12 blocks x 768, head, convolutional image prompt.
+    model = tcpa.create_model(
+        "vit_base_patch16_224", num_classes=200, tcpa=TCPAConfig.official("cub")
+    )
+    assert model.num_trainable == 663_552 + 769 * 200 + 6_547
+
+
+def test_wrapping_leaves_other_instances_and_timm_alone():
+    other = TINY.create()
+    forward = timm.models.vision_transformer.Block.forward
+    wrap(TINY.create(), QUIET)
+    assert all(p.requires_grad for p in other.parameters()) and other.training
+    assert timm.models.vision_transformer.Block.forward is forward
+
+
+def test_create_model_passes_arguments_to_timm():
+    model = tcpa.create_model(
+        "vit_tiny_patch16_224", num_classes=3, tcpa=QUIET, img_size=32, depth=1
+    )
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+    assert model.normalization.mean == (0.5, 0.5, 0.5)
+
+
+REFUSED = {
+    "resnet18": "ResNet is not one of timm's VisionTransformer",
+    "swin_tiny_patch4_window7_224": "SwinTransformer is not one of timm's",
+    "beit_base_patch16_224": "Beit is not one of timm's",
+    "vit_relpos_small_patch16_224": "VisionTransformerRelPos is not one of timm's",
+    "vit_small_resnet26d_224": None,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_architectures_are_refused_by_name(name):
+    if REFUSED[name] is None:
+        pytest.importorskip("timm.models.vision_transformer_hybrid")
+        model = timm.create_model(name)
+        assert tcpa.wrap(model, VPTConfig(length=2))(torch.randn(1, 3, 224, 224)).shape == (1, 1000)
+        return
+    with pytest.raises(ValueError, match=REFUSED[name]):
+        tcpa.create_model(name, tcpa=QUIET)
+
+
+def test_blocks_that_are_not_pre_norm_are_refused_by_name():
+    block = timm.models.vision_transformer.ParallelScalingBlock
+    backbone = timm.models.VisionTransformer(embed_dim=48, depth=1, num_heads=3, block_fn=block)
+    with pytest.raises(ValueError, match=r"blocks\.0 is a ParallelScalingBlock"):
+        wrap(backbone, QUIET)
+
+
+def test_a_subclass_with_its_own_forward_is_refused():
+    class Special(timm.models.VisionTransformer):
+        def forward_features(self, x):
+            return super().forward_features(x) * 2
+
+    with pytest.raises(ValueError, match="Special overrides forward_features"):
+        wrap(Special(embed_dim=48, depth=1, num_heads=3), QUIET)
+
+
+def test_bad_arguments_of_wrap():
+    with pytest.raises(TypeError, match="backbone: got str, expected a timm model"):
+        wrap("vit_tiny_patch16_224", QUIET)
+    with pytest.raises(ValueError, match="backbone: got a wrapped model"):
+        wrap(wrap(TINY.create(), QUIET), QUIET)
+    with pytest.raises(TypeError, match="config: got dict, expected TCPAConfig, VPTConfig or None"):
+        wrap(TINY.create(), {})
+    with pytest.raises(TypeError, match="savings: got bool, expected Savings"):
+        wrap(TINY.create(), QUIET, savings=True)
+    with pytest.raises(ValueError, match="num_classes: got 0, expected an integer >= 1"):
+        wrap(TINY.create(), QUIET, num_classes=0)
+    with pytest.raises(ValueError, match=r"normalization: got .*expected 3 means"):
+        wrap(TINY.create(), QUIET, normalization=((0.5,), (0.5,)))
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run: "):
+        wrap(TINY.create().to("meta"), QUIET, impl="triton")
+    with pytest.raises(
+        ValueError, match=r"name: got 'vit_tiny_patch16_225'.*expected a timm model"
+    ):
+        tcpa.create_model("vit_tiny_patch16_225", tcpa=QUIET)
+
+
+def test_bad_images_are_refused_by_name():
+    model = wrap(TINY.create(), QUIET)
+    with pytest.raises(
+        ValueError, match=r"images: got shape \[3, 64, 64\], expected \[B, channels"
+    ):
+        model(torch.randn(3, 64, 64))
+    with pytest.raises(ValueError, match=r"images: got 1 channels, expected 3"):
+        model(torch.randn(2, 1, 64, 64))
+    with pytest.raises(
+        ValueError, match=r"images: got size \[32, 32\], expected \[64, 64\].*img_size"
+    ):
+        model(torch.randn(2, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"images: got torch.float64, expected torch.float32"):
+        model(torch.randn(2, 3, 64, 64).double())
+    with pytest.raises(ValueError, match=r"images: got device meta, expected cpu"):
+        model(torch.randn(2, 3, 64, 64, device="meta"))
+    with pytest.raises(TypeError, match=r"images: got torch.uint8, expected float16"):
+        model(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+
+
+def test_selection_needs_pools_and_epochs_are_counted_from_zero():
+    model = wrap(TINY.create(), VPTConfig(length=2))
+    with pytest.raises(ValueError, match="config: got VPTConfig, expected a TCPAConfig"):
+        model.selection(TINY.images())
+    with pytest.raises(ValueError, match="epoch: got -1, expected an integer >= 0"):
+        model.set_epoch(-1)
+    assert isinstance(model.backbone, nn.Module)

@@ -1,0 +1,133 @@
+"""Promise: every exact saving equals the plain computation, values and gradients, to 1e-12."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import ARCHITECTURES
+
+from tcpa import Savings, TCPAConfig, VPTConfig, wrap
+
+NAMES = [field.name for field in dataclasses.fields(Savings)]
+TCPA = TCPAConfig(
+    cls_pool_size=6,
+    image_pool_size=9,
+    cls_top_k=2,
+    image_top_k=3,
+    cls_prompt_length=2,
+    prompt_dropout=0.0,
+    random_selection_epochs=0,
+    match_weight=0.5,
+)
+METHODS = {
+    "tcpa": TCPA,
+    "tcpa-visible": dataclasses.replace(TCPA, normalize_over="visible"),
+    "tcpa-role": dataclasses.replace(TCPA, coordination="role"),
+    "tcpa-all-modules": dataclasses.replace(TCPA, value_affine=True, simam=True, image_prompt=True),
+    "vpt-deep": VPTConfig(length=7),
+    "vpt-shallow": VPTConfig(length=7, deep=False),
+    "vfpt": VPTConfig(length=7, fourier_fraction=0.6),
+    "linear": None,
+}
+
+
+def run(architecture, config, savings):
+    """Logits, distance and all trained gradients of one step in float64."""
+    backbone = architecture.create(torch.float64)
+    torch.manual_seed(3)
+    model = wrap(backbone, config, savings=savings)
+    images = architecture.images(dtype=torch.float64)
+    logits, distance = model(images, return_distance=True)
+    weight = config.match_weight if isinstance(config, TCPAConfig) else 0.0
+    (F.cross_entropy(logits, torch.tensor([0, 1, 2])) + weight * distance).backward()
+    values = {"logits": logits.detach(), "distance": distance.detach()}
+    for name, parameter in model.trainable_named_parameters().items():
+        grad = parameter.grad
+        values[name] = torch.zeros_like(parameter) if grad is None else grad
+    with torch.no_grad():
+        values["evaluation"] = model.eval()(images)
+    return values
+
+
+def assert_equal(got, expected):
+    for name, truth in expected.items():
+        if truth.numel() == 0:
+            continue
+        # A gradient that is zero but for rounding has no relative error.
+        size = truth.abs().max().clamp_min(1e-9)
+        error = float((got[name] - truth).abs().max() / size)
+        assert error < 1e-12, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize("name", NAMES)
+def test_each_saving_alone_equals_the_plain_form(name, method):
+    architecture = ARCHITECTURES["vit-tiny"]
+    plain = run(architecture, method, Savings.none())
+    assert_equal(
+        run(architecture, method, dataclasses.replace(Savings.none(), **{name: True})), plain
+    )
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize("name", NAMES)
+def test_each_saving_left_out_equals_all_of_them(name, method):
+    architecture = ARCHITECTURES["vit-tiny"]
+    full = run(architecture, method, Savings())
+    assert_equal(run(architecture, method, dataclasses.replace(Savings(), **{name: False})), full)
+
+
+@pytest.mark.parametrize("key", ARCHITECTURES)
+def test_all_savings_together_on_every_architecture(key):
+    for method in (TCPA, VPTConfig(length=5)):
+        plain = run(ARCHITECTURES[key], method, Savings.none())
+        assert_equal(run(ARCHITECTURES[key], method, Savings()), plain)
+
+
+def test_savings_save():
+    """The switches do what they say: fewer weight gradients, rows, bytes kept."""
+    architecture = ARCHITECTURES["vit-tiny"]
+    kept = {}
+    for savings in (Savings(), Savings.none()):
+        model = wrap(architecture.create(), TCPA, savings=savings)
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        sizes = {}
+
+        def keep(tensor, sizes=sizes, weights=weights):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(architecture.images()).sum().backward()
+        trained = {id(p) for p in model.trainable_parameters()}
+        frozen = [p for p in model.backbone.parameters() if id(p) not in trained]
+        assert all((p.grad is None) == savings.frozen_backbone for p in frozen)
+        kept[savings] = sum(sizes.values())
+    assert kept[Savings()] < 0.6 * kept[Savings.none()]
+
+
+def test_prompt_keys_are_kept_until_a_parameter_changes():
+    model = wrap(ARCHITECTURES["vit-tiny"].create(), TCPA).eval()
+    images = ARCHITECTURES["vit-tiny"].images()
+    with torch.no_grad():
+        first = model(images)
+        kept = model._kv_cache._kv
+        assert torch.equal(model(images), first) and model._kv_cache._kv is kept
+        model.pools.image_prompts.mul_(-1)
+        second = model(images)
+        assert not torch.equal(second, first)
+        fresh = wrap(ARCHITECTURES["vit-tiny"].create(), TCPA).eval()
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(fresh(images), second)
+    model.double()
+    with torch.no_grad():
+        assert model(images.double()).dtype == torch.float64
+    with torch.inference_mode():
+        inside = model(images.double())
+    # What was computed in inference mode must not leak into a graph.
+    outside = model(images.double())
+    outside.sum().backward()
+    torch.testing.assert_close(outside, inside.clone())
