@@ -13,6 +13,7 @@ printed for a provider whose loss and gradients differ from the official algorit
 import argparse
 import dataclasses
 import json
+import math
 import multiprocessing as mp
 import platform
 import resource
@@ -181,8 +182,10 @@ def _verify(case: StepCase, first: dict[str, Any]) -> dict[str, float]:
     errors = {}
     for name, (loss, gradients) in first.items():
         pairs = zip(gradients, expected, strict=True)
-        error = max(float(abs(g - e).max() / max(abs(e).max(), 1e-30)) for g, e in pairs)
-        error = max(error, abs(loss - expected_loss) / abs(expected_loss))
+        found = [float(abs(g - e).max() / max(abs(e).max(), 1e-30)) for g, e in pairs]
+        found.append(abs(loss - expected_loss) / abs(expected_loss))
+        # NaN compares as neither larger nor smaller: it has to be looked for.
+        error = float("nan") if any(map(math.isnan, found)) else max(found)
         if not error <= TOLERANCE[case.dtype]:
             raise RuntimeError(
                 f"provider {name!r} differs from the official algorithm by {error:.1e} "

@@ -15,10 +15,16 @@ FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_golden_files(path, dtype):
-    errors = check(load_golden(path), dtype=getattr(torch, dtype))
-    assert errors and all(e <= TOLERANCE[dtype] for e in errors.values()), errors
+def test_golden_files_by_the_command(path, capsys):
+    status = main([str(path)])
+    printed = capsys.readouterr().out
+    assert status == 0 and printed.startswith(f"ok   {path.name}: "), printed
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_golden_files_in_float32(path):
+    errors = check(load_golden(path), dtype=torch.float32)
+    assert errors and all(e <= TOLERANCE["float32"] for e in errors.values()), errors
 
 
 @pytest.mark.slow
