@@ -52,8 +52,12 @@ def main(argv: list[str] | None = None) -> int:
             golden = load_golden(path)
             savings = Savings.none() if options.plain else None
             errors = check(golden, dtype=getattr(torch, options.dtype), savings=savings)
-        except (ValueError, KeyError) as error:
-            print(f"unusable  {error}", file=sys.stderr)
+        except KeyError as error:
+            print(f"{path}: no field case/{error.args[0]}; is it a golden file?", file=sys.stderr)
+            status = 2
+            continue
+        except ValueError as error:
+            print(error, file=sys.stderr)
             status = 2
             continue
         passed = all(error <= TOLERANCE[options.dtype] for error in errors.values())

@@ -47,9 +47,7 @@ def test_no_figures_of_a_wrong_result():
 
     gradient = np.ones(3, dtype=np.float32)
     first = {"official": (1.0, [gradient]), "tcpa": (1.0, [gradient * 1.01])}
-    with pytest.raises(
-        RuntimeError, match=r"'tcpa' differs from the official algorithm by 1\.0e-02"
-    ):
+    with pytest.raises(RuntimeError, match=r"'tcpa' differs from .* by 1\.0e-02"):
         _verify(StepCase(), first)
     first["tcpa"] = (float("nan"), [gradient])
     with pytest.raises(RuntimeError, match="no figures of a wrong result"):

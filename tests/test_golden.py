@@ -1,6 +1,5 @@
 """Promise: the model computes what the official code computed: 1e-9 in float64, 1e-4 in float32."""
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -103,5 +102,4 @@ def test_files_of_other_kinds_are_refused(tmp_path, capsys):
 def test_a_file_that_lacks_a_setting_is_named(tmp_path, capsys):
     np.savez(tmp_path / "partial.npz", **{"case/seed": 1, "case/n_classes": 3})
     assert main([str(tmp_path / "partial.npz")]) == 2
-    assert "partial.npz" in capsys.readouterr().err
-    assert dataclasses.is_dataclass(Savings)
+    assert "partial.npz: no field case/prompt_transform" in capsys.readouterr().err
