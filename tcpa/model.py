@@ -223,11 +223,10 @@ class PromptedViT(nn.Module):
         if torch.is_grad_enabled() and not (self.savings.skip_input_gradient or x.requires_grad):
             x = x.requires_grad_()
         num_tokens, last = x.shape[1], len(ropes) - 1
-        prompts = self._prompts(x.shape[0])
+        prompts, prompt_kv = self._prepare_prompts(x.shape[0])
         if prompts is not None and self._is_shallow:
             shallow = prompts[0].expand(x.shape[0], -1, -1)
             x, prompts = torch.cat((x, shallow.to(x.dtype)), dim=1), None
-        prompt_kv = None if prompts is None else self._prompt_kv(prompts)
         distance = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         gates: list[Tensor | None] = []
         for index, rope in enumerate(ropes):
@@ -323,23 +322,27 @@ class PromptedViT(nn.Module):
     def _is_shallow(self) -> bool:
         return self.tokens is not None and not self.tokens.config.deep
 
-    def _prompts(self, batch_size: int) -> Tensor | None:
-        """Return the prompts of all blocks `[N, P, C]` or `[N, B, P, C]`; None without prompts."""
-        source = self.pools if self.tokens is None else self.tokens
-        return None if source is None else source(batch_size)
+    def _prepare_prompts(self, batch_size: int) -> tuple[Tensor | None, list[PromptKV] | None]:
+        """Return the prompts of all blocks, or instead their keys and values.
 
-    def _prompt_kv(self, prompts: Tensor) -> list[PromptKV] | None:
-        """Return keys and values of all blocks' prompts; None where each block computes its own."""
-        if not (self.savings.prompt_kv_once and self.savings.prompt_keys_only):
-            return None
+        Returns:
+            Prompts `[N, P, C]` or `[N, B, P, C]` where the blocks project them; else None.
+            Keys and values per block where they are computed outside the blocks; else None.
+        """
+        source = self.pools if self.tokens is None else self.tokens
+        if source is None:
+            return None, None
+        outside = self.savings.prompt_kv_once and self.savings.prompt_keys_only
+        if self._is_shallow or not outside:
+            return source(batch_size), None
 
         def compute() -> list[PromptKV]:
-            pairs = zip(self.backbone.blocks, prompts, strict=True)
+            pairs = zip(self.backbone.blocks, source(batch_size), strict=True)
             return [prompt_keys_values(block, rows, self.value_affine) for block, rows in pairs]
 
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return compute()
-        sources = [self.pools, self.tokens, self.value_affine]
+            return None, compute()
+        sources = [source, self.value_affine]
         for block in self.backbone.blocks:
             sources += [block.norm1, block.attn]
-        return self._kv_cache.get(sources, compute)
+        return None, self._kv_cache.get(sources, compute)

@@ -26,7 +26,7 @@ def load_golden(path: Path) -> dict[str, Any]:
         ValueError: it is not a golden file; the message says why.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             golden = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; golden files are in tests/golden") from None
