@@ -152,8 +152,10 @@ class PromptedViT(nn.Module):
         """Replace the classification head by a fresh linear layer, which is trained."""
         require_int("num_classes", num_classes, 1)
         self.backbone.reset_classifier(num_classes)
+        # Older timm makes the new layer in float32 on the CPU, wherever the model is.
+        weight = blocks.input_weight(self.backbone)
         for layer in blocks.classifier_layers(self.backbone):
-            layer.requires_grad_(True)
+            layer.to(device=weight.device, dtype=weight.dtype).requires_grad_(True)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Save what was trained into a folder; see `tcpa.save_pretrained`."""

@@ -33,6 +33,9 @@ from .reference import (
 Impl = Literal["auto", "triton", "sdpa", "reference"]
 IMPLS = ("auto", "triton", "sdpa", "reference")
 
+NO_AUTOCAST = ("meta",)
+"""Device types that torch.autocast refuses; asking torch itself would break compiled graphs."""
+
 _log = logging.getLogger("tcpa")
 _announced: set[tuple[str, str]] = set()
 
@@ -40,15 +43,14 @@ _announced: set[tuple[str, str]] = set()
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return the dtype in which torch.autocast computes on a device; None while it is off."""
     kind = device.type
-    available = torch.amp.is_autocast_available(kind)
-    on = available and torch.is_autocast_enabled(kind)
+    on = kind not in NO_AUTOCAST and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else None
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Switch torch.autocast off for a device that knows it."""
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+    unknown = device.type in NO_AUTOCAST
+    return nullcontext() if unknown else torch.autocast(device.type, enabled=False)
 
 
 def choose_impl(impl: Impl, device: torch.device) -> tuple[str, str]:

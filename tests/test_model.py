@@ -225,6 +225,11 @@ def test_frozen_weights_may_be_bfloat16():
     assert grads["pools.image_prompts"].dtype == torch.float32
 
 
+# Older torch warns of its own tracing of autograd functions.
+OWN_WARNING = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+@OWN_WARNING
 @pytest.mark.parametrize(
     ("key", "config"),
     [
@@ -260,6 +265,7 @@ def step_of(compiled, model, images):
     return logits.detach(), distance.detach(), grads
 
 
+@OWN_WARNING
 @pytest.mark.slow
 def test_torch_compile_generates_code():
     torch._dynamo.reset()
