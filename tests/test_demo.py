@@ -1,0 +1,205 @@
+"""The demo: honest data splits, one loop for all methods, every promised file, clear refusals."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import tcpa
+from tcpa.train.__main__ import main
+from tcpa.train.demo import run
+from tcpa.train.demo.backbone import load_backbone
+from tcpa.train.demo.config import DemoConfig
+from tcpa.train.demo.data import load_digits, split_indices
+from tcpa.train.demo.engine import learning_rate_factor, predict, train_method
+from tcpa.train.demo.report import Row, verdict
+from tcpa.train.usage import UsageError
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A quick demo: its output folder, its rows and the metrics it wrote."""
+    folder = tmp_path_factory.mktemp("demo") / "output"
+    threads = torch.get_num_threads()
+    rows = run.run_demo(DemoConfig(output=folder, quick=True, device="cpu"))
+    assert torch.get_num_threads() == threads, "the demo left the number of threads changed"
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return folder, rows, [json.loads(line) for line in lines]
+
+
+def test_digits_are_the_enlarged_originals() -> None:
+    from sklearn.datasets import load_digits as originals
+
+    images, labels = load_digits()
+    assert images.shape == (1797, 1, 32, 32)
+    assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert images.min() == -1
+    assert images.max() <= 1
+    # Enlarging fourfold puts no pixel centre on an old one, but keeps the mean of smooth parts.
+    small = torch.from_numpy(originals().images).float() / 8 - 1
+    pooled = torch.nn.functional.avg_pool2d(images, 4)[:, 0]
+    assert torch.corrcoef(torch.stack([pooled.flatten(), small.flatten()]))[0, 1] > 0.97
+
+
+def test_split_is_stratified_disjoint_and_decided_by_the_seed() -> None:
+    labels = load_digits()[1]
+    train, test = split_indices(labels, 30, seed=0)
+    assert labels[train].bincount().tolist() == [30] * 10
+    assert torch.cat([train, test]).sort().values.equal(torch.arange(1797))
+    again, other = split_indices(labels, 30, seed=0)[0], split_indices(labels, 30, seed=1)[0]
+    assert train.equal(again)
+    assert not train.sort().values.equal(other.sort().values)
+
+
+def test_learning_rate_rises_then_falls_to_zero() -> None:
+    factors = [learning_rate_factor(step, 100) for step in range(100)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[10] == 1
+    assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert factors[55] == pytest.approx(0.5)
+    assert factors[99] < 0.001
+
+
+def test_methods_are_compared_fairly() -> None:
+    linear, vpt, ours = run.METHODS
+    assert linear.prompts is None
+    assert isinstance(vpt.prompts, tcpa.VPTConfig)
+    assert vpt.prompts.deep
+    assert isinstance(ours.prompts, tcpa.TCPAConfig)
+    assert vpt.prompts.num_prompts == ours.prompts.num_prompts == run.PROMPT_ROWS
+
+
+def test_training_repeats_by_seed() -> None:
+    split = run.make_split(0, torch.device("cpu"), quick=True)
+    method = run.METHODS[-1]
+    seeds = (0, 0, 1)
+    models = [
+        train_method(method, split, seed=seed, epochs=1, on_epoch=lambda _: None) for seed in seeds
+    ]
+    images = split.test_images[:4]
+    first, again, other = (model.eval()(images) for model in models)
+    assert first.equal(again)
+    assert not first.equal(other)
+
+
+def test_backbone_stays_as_shipped() -> None:
+    split = run.make_split(0, torch.device("cpu"), quick=True)
+    shipped = dict(load_backbone().named_parameters())
+    model = train_method(run.METHODS[-1], split, seed=0, epochs=1, on_epoch=lambda _: None)
+    for name, value in model.backbone.named_parameters():
+        if not name.startswith("head."):
+            assert torch.equal(value, shipped[name]), name
+
+
+def test_rows_tell_accuracy_size_and_implementation(finished) -> None:
+    _, rows, _ = finished
+    assert [row.method for row in rows] == ["linear probe", "VPT-deep", "TCPA"]
+    head, prompts = 128 * 10 + 10, 4 * run.PROMPT_ROWS * 128
+    assert [row.trainable for row in rows] == [head, head + prompts, head + 2 * prompts]
+    for row in rows:
+        assert len(row.accuracies) == 1
+        assert row.spread is None
+        assert row.seconds_per_epoch > 0
+        assert row.implementation in ("sdpa", "reference")
+        assert "cpu" in row.reason.lower()
+
+
+def test_metrics_hold_config_epochs_and_summary(finished) -> None:
+    _, rows, lines = finished
+    assert [line["kind"] for line in lines] == ["config"] + ["epoch"] * 6 + ["summary"] * 3
+    assert lines[0]["program"] == "tcpa demo"
+    assert lines[0]["epochs"] == 2
+    assert lines[0]["seeds"] == [0]
+    epochs = lines[1:7]
+    assert [line["epoch"] for line in epochs] == [1, 2] * 3
+    assert all(line["loss"] > 0 for line in epochs)
+    last = [line["test_accuracy"] for line in epochs if line["epoch"] == 2]
+    assert last == [row.mean for row in rows] == [line["mean"] for line in lines[7:]]
+
+
+def test_saved_adapter_gives_the_reported_accuracy(finished) -> None:
+    folder, rows, _ = finished
+    model = tcpa.from_pretrained(folder / "tcpa_adapter", backbone=load_backbone())
+    split = run.make_split(0, torch.device("cpu"), quick=True)
+    right = predict(model, split.test_images) == split.test_labels
+    assert 100 * float(right.double().mean()) == pytest.approx(rows[-1].mean)
+
+
+def test_pictures_are_written(finished) -> None:
+    folder, _, _ = finished
+    for name in ("curves.png", "selection.png"):
+        assert (folder / name).read_bytes().startswith(PNG), name
+        assert (folder / name).stat().st_size > 10_000, name
+
+
+def test_an_earlier_demo_is_replaced(finished) -> None:
+    folder, _, lines = finished
+    metrics = run.prepare_output(folder, {"seeds": [7]})
+    assert json.loads(metrics.read_text(encoding="utf-8"))["seeds"] == [7]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def test_verdict_says_when_tcpa_does_not_win() -> None:
+    def row(method: str, *accuracies: float) -> Row:
+        rest = {"trainable": 1, "seconds_per_epoch": 1.0, "implementation": "", "reason": ""}
+        return Row(method=method, accuracies=accuracies, **rest)
+
+    rows = [row("linear probe", 80, 82), row("VPT-deep", 91, 92), row("TCPA", 90, 92)]
+    assert verdict(rows) == [
+        "TCPA beats linear probe here: +10.0 points (by seed: +10.0, +10.0)",
+        "TCPA does NOT beat VPT-deep here: -0.5 points (by seed: -1.0, +0.0)",
+    ]
+    assert rows[0].mean == 81
+    assert rows[0].spread == pytest.approx(2**0.5)
+
+
+def test_command_prints_one_table(tmp_path, capsys) -> None:
+    assert main(["demo", "--quick", "--seeds", "5", "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("linear probe", "VPT-deep", "TCPA", "trained values", "Implementation:"):
+        assert expected in printed
+    assert "seed 5" in printed
+    assert "\x1b" not in printed, "control codes outside a terminal"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--epochs", "0"], ("--epochs", "0", "1 or more")),
+        (["--seeds", "1", "1"], ("--seeds", "1, 1", "different")),
+        (["--seeds", "-3"], ("--seeds", "-3")),
+        (["--device", "gpu"], ("--device", "'gpu'", "auto, cpu")),
+        (["--device", "cuda:99"], ("--device", "cuda:99")),
+    ],
+)
+def test_bad_arguments_are_named(arguments, parts, tmp_path, capsys) -> None:
+    output = tmp_path / "out"
+    assert main(["demo", *arguments, "--output", str(output)]) == 2
+    message = capsys.readouterr().err
+    assert all(part in message for part in parts), message
+    assert not output.exists()
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
+    assert main(["demo", "--quick", "--output", str(tmp_path)]) == 2
+    assert "--output" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_an_unwritable_output_is_named(name, tmp_path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(UsageError, match="--output: got .*, expected a folder that can be written"):
+        run.prepare_output(tmp_path / name, {})
+
+
+def test_a_missing_package_names_the_extra(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert main(["demo", "--quick", "--output", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert "sklearn" in message
+    assert "pip install 'tcpa[train,plot]'" in message

@@ -1,0 +1,1 @@
+"""The training program: `python -m tcpa.train` (or `tcpa-train`) lists its subcommands."""

@@ -1,0 +1,68 @@
+"""Entry of the training program: `python -m tcpa.train` and the console command `tcpa-train`.
+
+A command is a configuration (its fields are the options) and a function that takes it.
+"""
+
+import importlib
+import sys
+from typing import Annotated, Any, Union
+
+from .demo.config import DemoConfig, PretrainConfig
+from .usage import UsageError
+
+COMMANDS: dict[str, tuple[type, str, str]] = {
+    "demo": (DemoConfig, ".demo.run", "run_demo"),
+    "pretrain-demo": (PretrainConfig, ".demo.pretrain", "pretrain"),
+}
+"""Command -> its configuration, and the module and function that carry it out.
+
+The module is imported only when its command runs."""
+
+EXTRAS = {"tyro": "train", "rich": "train", "sklearn": "plot", "matplotlib": "plot"}
+"""Optional package -> the extra of tcpa that installs it."""
+
+
+def parse(arguments: list[str] | None) -> tuple[str, Any]:
+    """Return the command's name and its configuration; leaves with status 2 on bad syntax."""
+    import tyro
+
+    options = tuple(
+        Annotated[config, tyro.conf.subcommand(name)] for name, (config, _, _) in COMMANDS.items()
+    )
+    config = tyro.cli(
+        Union[options],  # noqa: UP007 - the members are known only at run time
+        prog="tcpa-train",
+        description="Train and compare prompts on frozen Vision Transformers.",
+        args=arguments,
+    )
+    name = next(name for name, (kind, _, _) in COMMANDS.items() if type(config) is kind)
+    return name, config
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return the exit status (2: the request cannot be met)."""
+    try:
+        name, config = parse(arguments)
+        _, module, function = COMMANDS[name]
+        getattr(importlib.import_module(module, __package__), function)(config)
+    except UsageError as error:
+        print(f"tcpa-train: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        print(
+            f"tcpa-train: {package} is not installed (extra {EXTRAS[package]!r}); "
+            "run: pip install 'tcpa[train,plot]'",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("tcpa-train: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""The demo: three ways to adapt one small frozen ViT to handwritten digits.
+
+    python -m tcpa.train demo
+
+All methods share split, order of the images, optimiser, schedule, epochs and batch size; VPT-deep
+and TCPA have the same number of prompt rows. Accuracies are those after the last epoch.
+"""
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+import tcpa
+
+from ..usage import UsageError
+from .backbone import autocast, fast_dtype, load_backbone, normalise
+from .config import DemoConfig
+from .engine import BATCH_SIZE, WEIGHT_DECAY, Epoch, Split, predict, seconds_per_epoch
+from .figures import draw_curves, draw_selection
+from .output import append_line, prepare_output
+from .report import Reporter, Row, table, verdict
+from .tasks import METHODS, PROMPT_ROWS, Outcome, Task, make_split, run_tasks
+
+ADAPTER = "tcpa_adapter"
+WRITTEN = f"metrics.jsonl, curves.png, selection.png and {ADAPTER}"
+
+
+def run_demo(config: DemoConfig) -> list[Row]:
+    """Train all methods for all seeds, print the table, write the output folder."""
+    if config.quick:
+        config = replace(config, seeds=config.seeds[:1], epochs=2)
+    start = time.perf_counter()
+    device = choose_device(config.device)
+    metrics = prepare_output(config.output, _header(config, device))
+    records: list[Epoch] = []
+    tasks = make_tasks(config, device)
+    with Reporter(len(tasks) * config.epochs, config.epochs) as reporter:
+
+        def on_epoch(record: Epoch) -> None:
+            records.append(record)
+            append_line(metrics, {"kind": "epoch", **asdict(record)})
+            reporter.epoch(record)
+
+        outcomes = run_tasks(tasks, on_epoch)
+    split = make_split(config.seeds[-1], device, quick=config.quick)
+    draw_curves(records, config.output / "curves.png")
+    _draw_selection(config.output, split, device)
+    rows = [_summarise(name, tasks, outcomes, records) for name in _names(tasks)]
+    for row in rows:
+        append_line(metrics, {"kind": "summary", **asdict(row), "mean": row.mean})
+    reporter.console.print(table(rows))
+    precision = f"{fast_dtype(device)} on {device}".removeprefix("torch.")
+    for line in _notes(config, rows, split, precision):
+        reporter.console.print(line)
+    seconds = time.perf_counter() - start
+    reporter.console.print(f"{seconds:.0f} s in total; {config.output} holds {WRITTEN}.")
+    return rows
+
+
+def make_tasks(config: DemoConfig, device: torch.device) -> list[Task]:
+    """List the runs: every seed with every method; the last TCPA run keeps its adapter."""
+    last = (METHODS[-1], config.seeds[-1])
+    return [
+        Task(
+            method=method,
+            seed=seed,
+            epochs=config.epochs,
+            device=device,
+            quick=config.quick,
+            save_to=config.output / ADAPTER if (method, seed) == last else None,
+        )
+        for method in METHODS
+        for seed in config.seeds
+    ]
+
+
+def _names(tasks: list[Task]) -> list[str]:
+    return list(dict.fromkeys(task.method.name for task in tasks))
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that `--device` means; raise UsageError if it cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"--device: got {name!r}, expected auto, cpu or a device that torch can use here "
+            f"({reason}); leave the option out to use the best one"
+        ) from None
+    return device
+
+
+def _draw_selection(folder: Path, split: Split, device: torch.device) -> None:
+    """Load the saved adapter and draw what it selects on five test images."""
+    model = tcpa.from_pretrained(folder / ADAPTER, backbone=load_backbone()).to(device)
+    shown = torch.stack([(split.test_labels == digit).nonzero()[0, 0] for digit in range(0, 10, 2)])
+    images, labels = split.test_images[shown], split.test_labels[shown]
+    named = predict(model, images)
+    prefix, rows = model.backbone.num_prefix_tokens, model.config.cls_rows
+    with autocast(device):
+        selection = model.selection(images)
+    gates = [
+        tcpa.unpack_gate(gate, model.config.num_prompts)[:, prefix:, rows:].cpu().numpy()
+        for gate in selection
+    ]
+    captions = [f"a {label},\nread as {digit}" for label, digit in zip(labels, named, strict=True)]
+    pixels = (images[:, 0].cpu() - normalise(torch.zeros(()))) / 2
+    draw_selection(pixels.numpy(), captions, gates, folder / "selection.png")
+
+
+def _summarise(name: str, tasks: list[Task], outcomes: list[Outcome], records: list[Epoch]) -> Row:
+    """Gather the table's row of a method; accuracies in the order of the seeds."""
+    own = [record for record in records if record.method == name]
+    last = max(record.epoch for record in own)
+    final = {record.seed: record.test_accuracy for record in own if record.epoch == last}
+    seeds = [task.seed for task in tasks if task.method.name == name]
+    outcome = next(o for o, task in zip(outcomes, tasks, strict=True) if task.method.name == name)
+    implementation, reason = outcome.implementation
+    return Row(
+        method=name,
+        accuracies=tuple(final[seed] for seed in seeds),
+        trainable=outcome.trainable,
+        seconds_per_epoch=seconds_per_epoch(own),
+        implementation=implementation,
+        reason=reason,
+    )
+
+
+def _notes(config: DemoConfig, rows: list[Row], split: Split, precision: str) -> list[str]:
+    """Say under the table what was compared, what computed it and how TCPA fared."""
+    seeds = ", ".join(map(str, config.seeds))
+    return [
+        f"{len(split.train_labels)} training and {len(split.test_labels):,} test images, seeds "
+        f"{seeds}; accuracy on the test images after epoch {config.epochs}.",
+        f"{PROMPT_ROWS} prompt rows a block for VPT-deep and TCPA. {precision}.",
+        f"Implementation: {rows[-1].implementation} ({rows[-1].reason}).",
+        *verdict(rows),
+    ]
+
+
+def _header(config: DemoConfig, device: torch.device) -> dict:
+    """Describe the run for the first line of the metrics."""
+    return {
+        "seeds": config.seeds,
+        "epochs": config.epochs,
+        "quick": config.quick,
+        "batch_size": BATCH_SIZE,
+        "weight_decay": WEIGHT_DECAY,
+        "methods": [asdict(method) for method in METHODS],
+        "device": str(device),
+        "precision": str(fast_dtype(device)),
+        "versions": {"tcpa": tcpa.__version__, "torch": torch.__version__},
+    }

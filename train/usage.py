@@ -1,0 +1,11 @@
+"""Mistakes in what the user asked for: reported in one sentence, without a traceback."""
+
+
+class UsageError(ValueError):
+    """An argument cannot be used; the program ends with the message and exit status 2."""
+
+
+def require(condition: bool, name: str, got: object, expected: str, remedy: str) -> None:
+    """Raise UsageError, with the argument's name, what came and what to do, unless all is well."""
+    if not condition:
+        raise UsageError(f"{name}: got {got}, expected {expected}; {remedy}")
