@@ -4,6 +4,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "static": "compile the kernels offline; registers, spills, memory, lower bounds of the time",
     "step": "one training step, the official algorithm against this library",
 }
 """Commands and what they do; each is the module of its name, with `main(argv) -> exit status`."""

@@ -26,7 +26,7 @@ from .forward import (
     run_block,
     run_block_on_tokens,
 )
-from .ops import Impl, choose_impl, match_prompts
+from .ops import Impl, autocast_dtype, choose_impl, match_prompts
 from .prompts import PromptPools, TokenPrompts, ValueAffine, make_image_prompt
 from .reference import random_gate, role_gate
 
@@ -140,8 +140,14 @@ class PromptedViT(nn.Module):
 
     @property
     def implementation(self) -> tuple[str, str]:
-        """What computes the operations where the model is now, and why."""
-        return choose_impl(self.impl, blocks.input_weight(self.backbone).device)
+        """What computes the attention where the model is now, and why.
+
+        Ask under torch.autocast if the model runs under it.
+        """
+        weight, backbone = blocks.input_weight(self.backbone), self.backbone
+        dtype = autocast_dtype(weight.device) or weight.dtype
+        num_tokens = backbone.num_prefix_tokens + backbone.patch_embed.num_patches
+        return choose_impl(self.impl, weight.device, dtype=dtype, num_tokens=num_tokens)
 
     @property
     def num_classes(self) -> int:

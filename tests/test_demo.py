@@ -1,12 +1,11 @@
 """The demo: honest data splits, one loop for all methods, every promised file, clear refusals."""
 
+import itertools
 import json
 import sys
 
 import pytest
 import torch
-
-import tcpa
 from tcpa.train.__main__ import main
 from tcpa.train.demo import run
 from tcpa.train.demo.backbone import load_backbone
@@ -15,6 +14,8 @@ from tcpa.train.demo.data import load_digits, split_indices
 from tcpa.train.demo.engine import learning_rate_factor, predict, train_method
 from tcpa.train.demo.report import Row, verdict
 from tcpa.train.usage import UsageError
+
+import tcpa
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -58,7 +59,7 @@ def test_learning_rate_rises_then_falls_to_zero() -> None:
     factors = [learning_rate_factor(step, 100) for step in range(100)]
     assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert factors[10] == 1
-    assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(factors[10:]))
     assert factors[55] == pytest.approx(0.5)
     assert factors[99] < 0.001
 
@@ -193,7 +194,9 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys) -> None:
 @pytest.mark.parametrize("name", ["file", "file/below"])
 def test_an_unwritable_output_is_named(name, tmp_path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(UsageError, match="--output: got .*, expected a folder that can be written"):
+    with pytest.raises(
+        UsageError, match=r"--output: got .*, expected a folder that can be written"
+    ):
         run.prepare_output(tmp_path / name, {})
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-
 from tcpa.train.__main__ import main
 from tcpa.train.demo.backbone import WEIGHTS, build_backbone, load_backbone, normalise
 from tcpa.train.demo.config import PretrainConfig

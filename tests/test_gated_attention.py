@@ -166,6 +166,13 @@ def test_auto_takes_what_can_run_and_says_why():
     assert choose_impl("auto", torch.device("cpu"))[0] == "sdpa"
     name, reason = choose_impl("auto", torch.device("meta"))
     assert name == "reference" and "meta" in reason
+    for dtype, tokens, expected in (
+        (torch.bfloat16, 65, "reference"),
+        (torch.bfloat16, 197, "sdpa"),
+        (torch.float32, 65, "sdpa"),
+    ):
+        name, reason = choose_impl("auto", torch.device("cpu"), dtype=dtype, num_tokens=tokens)
+        assert name == expected and "Triton" in reason
 
 
 def test_an_explicit_impl_is_never_replaced():

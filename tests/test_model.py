@@ -265,7 +265,7 @@ def step_of(compiled, model, images):
     return logits.detach(), distance.detach(), grads
 
 
-@OWN_WARNING
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.slow
 def test_torch_compile_generates_code():
     torch._dynamo.reset()

@@ -11,13 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.S | re.M)
 COMMANDS = [
     line.split("#")[0].strip()
-    for block in re.findall(r"^```\n(.*?)^```", README, flags=re.S | re.M)
+    for language, block in FENCES
     for line in block.splitlines()
-    if line.strip()
+    if not language and line.strip()
 ]
-EXAMPLE = re.search(r"```python\n(.*?)```", README, flags=re.S)
+(EXAMPLE,) = [block for language, block in FENCES if language == "python"]
 TESTED_ELSEWHERE = {
     "make test": "this run",
     "python -m tcpa.verify tests/golden/*.npz": "test_golden.py, file by file",
@@ -53,9 +54,8 @@ def test_commands(command, tmp_path):
 
 
 def test_the_example(tmp_path):
-    assert EXAMPLE is not None
     script = tmp_path / "example.py"
-    script.write_text(EXAMPLE.group(1), encoding="utf-8")
+    script.write_text(EXAMPLE, encoding="utf-8")
     done = run([sys.executable, str(script)], tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

@@ -59,7 +59,7 @@ def save_backbone(vit: nn.Module, path: Path, metadata: dict[str, str]) -> None:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Map images `[B, 1, H, W]` with values in [0, 1] to the range [-1, 1] of the ViT's training."""
+    """Map images `[B, 1, H, W]` with values in [0, 1] to the range [-1, 1] of the pretraining."""
     (mean,), (std,) = NORMALIZATION
     return (images - mean) / std
 

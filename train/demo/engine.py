@@ -31,7 +31,7 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Training and test images of one seed, on the device: float32 `[N, 1, 32, 32]`, int64 `[N]`."""
+    """Training and test images of one seed: float32 `[N, 1, 32, 32]`, int64 `[N]`, one device."""
 
     train_images: Tensor
     train_labels: Tensor

@@ -76,7 +76,8 @@ def draw_selection(images: np.ndarray, captions: list[str], gates: list[np.ndarr
         axes.set(xticks=[], yticks=[])
     top_k = int(visible[0, 0].sum())
     figure.suptitle(
-        f"Prompts that each of the {patches} patches selected in block {block + 1} of {len(gates)}: "
+        f"Prompts that each of the {patches} patches selected in block {block + 1} of "
+        f"{len(gates)}: "
         f"orange = this patch sees this prompt ({top_k} of {entries} each)",
         fontsize=10,
     )

@@ -45,9 +45,12 @@ def run_demo(config: DemoConfig) -> list[Row]:
 
         outcomes = run_tasks(tasks, on_epoch)
     split = make_split(config.seeds[-1], device, quick=config.quick)
+    # Runs end in any order; pictures and table go by method and seed.
+    names = _names(tasks)
+    records.sort(key=lambda r: (names.index(r.method), config.seeds.index(r.seed), r.epoch))
     draw_curves(records, config.output / "curves.png")
     _draw_selection(config.output, split, device)
-    rows = [_summarise(name, tasks, outcomes, records) for name in _names(tasks)]
+    rows = [_summarise(name, tasks, outcomes, records) for name in names]
     for row in rows:
         append_line(metrics, {"kind": "summary", **asdict(row), "mean": row.mean})
     reporter.console.print(table(rows))

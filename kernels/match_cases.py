@@ -1,0 +1,112 @@
+"""What to compile of prompt matching without a device: the promised shapes and their work."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+import triton
+
+from .launch import Launch, Part, StaticCase, choose_launch, static_signature
+from .match_backward import match_prompts_dx_kernel
+from .match_forward import match_prompts_fwd_kernel
+from .match_keys import match_prompts_dkeys_kernel
+from .matching import bucket_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """One promised shape; batch and tokens are run-time numbers of the same kernel."""
+
+    name: str
+    width: int
+    block_r: int = 32
+    """Entries of the larger pool, rounded up to a power of two."""
+    batch: int = 128
+    tokens: int = 197
+    words: int = 2
+
+
+SHAPES = (
+    Shape(name="vit-t", width=192),
+    Shape(name="vit-s", width=384),
+    Shape(name="vit-b", width=768),
+    Shape(name="vit-l", width=1024),
+    Shape(name="vit-h", width=1280),
+)
+POINTERS = MappingProxyType(
+    {
+        "p_weight": "*fp32",
+        "p_bias": "*fp32",
+        "p_keys": "*fp16",
+        "p_given": "*i32",
+        "p_gate": "*i32",
+        "p_partial": "*fp32",
+        "p_stats": "*fp32",
+        "p_ddistance": "*fp32",
+    }
+)
+FLOATS = ("eps", "cls_count", "image_count")
+
+
+def static_cases(architecture: str, dtype: torch.dtype) -> Iterator[StaticCase]:
+    """Yield the kernels that the promised shapes launch."""
+    for shape in SHAPES:
+        for norm in (True, False):
+            yield _fwd_case(shape, architecture, dtype, norm)
+            yield _dx_case(shape, architecture, dtype, norm)
+        yield _dkeys_case(shape, architecture, dtype)
+
+
+def _fwd_case(shape: Shape, architecture: str, dtype: torch.dtype, norm: bool) -> StaticCase:
+    operation = "norm_match_fwd" if norm else "match_prompts_fwd"
+    launch = _launch(operation, shape, architecture, dtype)
+    flags = {"NORM": norm, "WEIGHT": norm, "BIAS": norm, "GIVEN": False, "FARTHEST": False}
+    part = Part(programs=_tiles(shape, 8 * launch.blocks["HALVES"]), trips=(shape.words,))
+    return _case(operation, match_prompts_fwd_kernel, shape, dtype, flags, launch, part)
+
+
+def _dx_case(shape: Shape, architecture: str, dtype: torch.dtype, norm: bool) -> StaticCase:
+    operation = "norm_match_dx" if norm else "match_prompts_dx"
+    launch = _launch(operation, shape, architecture, dtype)
+    flags = {"NORM": norm, "WEIGHT": norm, "MATCH": True}
+    part = Part(programs=_tiles(shape, 8 * launch.blocks["HALVES"]), trips=())
+    return _case(operation, match_prompts_dx_kernel, shape, dtype, flags, launch, part)
+
+
+def _dkeys_case(shape: Shape, architecture: str, dtype: torch.dtype) -> StaticCase:
+    launch = _launch("match_keys_bwd", shape, architecture, dtype)
+    steps = launch.blocks["STEPS"]
+    slabs = _tiles(shape, launch.blocks["BLOCK_M"] * steps)
+    columns = triton.cdiv(shape.width, launch.blocks["BLOCK_C"])
+    part = Part(programs=slabs * columns, trips=(steps,))
+    return _case("match_keys_bwd", match_prompts_dkeys_kernel, shape, dtype, {}, launch, part)
+
+
+def _launch(operation: str, shape: Shape, architecture: str, dtype: torch.dtype) -> Launch:
+    bucket = bucket_of(shape.width)
+    return choose_launch(operation, architecture=architecture, dtype=dtype, bucket=bucket)
+
+
+def _tiles(shape: Shape, rows: int) -> int:
+    """Tiles of the CLS tokens and of the patches."""
+    patches = shape.batch * (shape.tokens - 1)
+    return triton.cdiv(shape.batch, rows) + triton.cdiv(patches, rows)
+
+
+def _case(
+    operation: str, kernel: object, shape: Shape, dtype: torch.dtype,
+    flags: dict[str, object], launch: Launch, part: Part,
+) -> StaticCase:  # fmt: skip
+    constants = {**flags, "C": shape.width, "BLOCK_R": shape.block_r, **launch.blocks}
+    signature = static_signature(kernel, dtype, constants, POINTERS)
+    signature |= {name: "fp32" for name in FLOATS if name in signature}
+    unaligned = tuple(name for name in ("stride_gb", "stride_gl", "stride_gw") if name in signature)
+    # Products are 16 rows high, one slice of C per warp: mma, never wgmma, whose tile is 64 rows.
+    return StaticCase(
+        name=f"{operation} {shape.name}", kernel=kernel, signature=signature, constants=constants,
+        launch=launch, promised=True, tensor_core=False, parts=(part,), unaligned=unaligned,
+    )  # fmt: skip
+
+
+__all__ = ["SHAPES", "Shape", "static_cases"]
