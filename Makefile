@@ -18,7 +18,8 @@ demo: $(STAMP)
 	$(PY) -m tcpa.train demo
 
 test: $(STAMP)
-	$(PY) -m pytest
+	# Two workers on one thread each (tests/conftest.py): the suite is mostly single-threaded.
+	$(PY) -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -26,7 +26,7 @@ def packages() -> dict[str, str]:
 TRAIN = ["tyro>=1,<2", "rich", "tensorboard>=2.21", "scipy", "huggingface_hub"]
 PLOT = ["matplotlib", "scikit-learn"]
 PROFILE = ["torch-tb-profiler==0.4.3"]
-DEV = [*TRAIN, *PLOT, *PROFILE, "pytest", "hypothesis", "ruff", "pyright[nodejs]"]
+DEV = [*TRAIN, *PLOT, *PROFILE, "pytest", "pytest-xdist", "hypothesis", "ruff", "pyright[nodejs]"]
 
 setup(
     name="tcpa",
