@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from tcpa.train.demo import run
 from tcpa.train.demo.backbone import load_backbone
 from tcpa.train.demo.config import DemoConfig
 from tcpa.train.demo.data import load_digits, split_indices
-from tcpa.train.demo.engine import learning_rate_factor, predict, train_method
+from tcpa.train.demo.engine import Epoch, learning_rate_factor, predict, train_method
 from tcpa.train.demo.report import Row, verdict
+from tcpa.train.demo.tasks import Task, run_task, run_tasks
 from tcpa.train.usage import UsageError
 
 import tcpa
@@ -84,6 +86,31 @@ def test_training_repeats_by_seed() -> None:
     first, again, other = (model.eval()(images) for model in models)
     assert first.equal(again)
     assert not first.equal(other)
+
+
+def test_runs_side_by_side_equal_runs_one_after_the_other(tmp_path) -> None:
+    cpu, threads = torch.device("cpu"), torch.get_num_threads()
+    tasks = [
+        Task(method=run.METHODS[0], seed=seed, epochs=1, device=cpu, save_to=tmp_path / str(seed))
+        for seed in (0, 1)
+    ]
+    together: list[Epoch] = []
+    outcomes = run_tasks(tasks, together.append)
+    torch.set_num_threads(1)
+    alone: list[Epoch] = []
+    assert [run_task(task, alone.append) for task in tasks] == outcomes
+    torch.set_num_threads(threads)
+    together.sort(key=lambda record: record.seed)
+    for a, b in zip(together, alone, strict=True):
+        assert (a.seed, a.epoch, a.test_accuracy) == (b.seed, b.epoch, b.test_accuracy)
+        assert a.loss == pytest.approx(b.loss, rel=1e-3)
+
+
+def test_a_failed_run_is_reported() -> None:
+    cpu = torch.device("cpu")
+    bad = Task(method=replace(run.METHODS[0], prompts="none"), seed=0, epochs=1, device=cpu)
+    with pytest.raises(TypeError, match="config: got str, expected TCPAConfig"):
+        run_tasks([bad, bad], lambda _: None)
 
 
 def test_backbone_stays_as_shipped() -> None:
