@@ -26,7 +26,7 @@ def draw_curves(records: list[Epoch], path: Path) -> None:
             tested = [r for r in run if r.test_accuracy is not None]
             accuracies = [r.test_accuracy for r in tested]
             test.plot([r.epoch for r in tested], accuracies, "o-", color=colour, label=label)
-    loss.set(xlabel="epoch", ylabel="training loss (with the match term)", yscale="log")
+    loss.set(xlabel="epoch", ylabel="training loss (with the match term)")
     test.set(xlabel="epoch", ylabel="test accuracy, %")
     for axes in (loss, test):
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -56,7 +56,9 @@ def draw_selection(images: np.ndarray, captions: list[str], gates: list[np.ndarr
         gates: bool `[B, L_patch, R]` for every block: patch l of an image sees entry r.
         path: PNG file to write.
     """
-    block = most_varied_block(gates)
+    # Not the last block: after it the head reads the class token only, so what its patches see
+    # changes nothing.
+    block = most_varied_block(gates[:-1])
     visible = gates[block]
     count, patches, entries = visible.shape
     side, size = int(patches**0.5), images.shape[-1]

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..usage import UsageError
 from .backbone import autocast, build_backbone, fast_dtype, normalise, save_backbone
 from .config import PretrainConfig
 from .generate import FAMILIES, NUM_CLASSES, generate
@@ -75,6 +76,7 @@ def accuracy(vit: nn.Module, images: Tensor, labels: Tensor) -> float:
 def pretrain(config: PretrainConfig) -> Path:
     """Draw the images, train the ViT on the CPU, write the weights, return their path."""
     start = time.perf_counter()
+    _require_writable(config.output)
     images, labels = map(torch.from_numpy, generate(config.images_per_class, seed=config.seed))
     held_out = tuple(map(torch.from_numpy, generate(16, seed=config.seed, split=1)))
     families = ", ".join(f"{len(draws)} {name}" for name, draws in FAMILIES.items())
@@ -83,13 +85,13 @@ def pretrain(config: PretrainConfig) -> Path:
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     vit = build_backbone(NUM_CLASSES)
-    steps_per_epoch = len(images) // config.batch_size
+    steps_per_epoch = -(-len(images) // config.batch_size)
     optimizer, schedule = make_optimizer(vit, config, config.epochs * steps_per_epoch)
     for epoch in range(1, config.epochs + 1):
         vit.train()
         total = torch.zeros(())
         order = torch.randperm(len(images), generator=generator)
-        for index in order.split(config.batch_size)[:steps_per_epoch]:
+        for index in order.split(config.batch_size):
             with autocast(torch.device("cpu")):
                 logits = vit(augment(images[index], generator))
             loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=0.1)
@@ -107,6 +109,21 @@ def pretrain(config: PretrainConfig) -> Path:
     save_backbone(vit, config.output, _metadata(config, held, time.perf_counter() - start))
     print(f"wrote {config.output} ({config.output.stat().st_size / 1e6:.1f} MB)")
     return config.output
+
+
+def _require_writable(path: Path) -> None:
+    """Refuse, before minutes of training, a file that could not be written after them."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = path.exists()
+        path.open("ab").close()
+        if not known:
+            path.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"--output: got {path}, expected a file that can be written ({error.strerror}); "
+            "choose another name"
+        ) from None
 
 
 def _metadata(config: PretrainConfig, held_out: float, seconds: float) -> dict[str, str]:
