@@ -132,7 +132,7 @@ def test_launches_of_sm_90(monkeypatch, queries):
     check_against_reference(tensors, gate)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(derandomize=True, max_examples=12, deadline=None)
 @given(
     batch=st.integers(1, 2), queries=st.integers(1, 40), tokens=st.integers(1, 70),
     prompts=st.integers(0, 70), heads=st.integers(1, 2), head_dim=st.integers(16, 40),
