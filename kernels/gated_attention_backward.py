@@ -199,8 +199,13 @@ def _dkv_block(
         b_q = load_tile(p_q, stride_ql, o_l, num_queries, o_d, D, BLOCK_M)
         b_do = load_tile(p_do, stride_dol, o_l, num_queries, o_d, D, BLOCK_M)
         b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("inf"))
-        # [N, D] @ [D, M] -> [N, M]
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+        # [N, M]
+        if PRECISION == "ieee":
+            # The forward's product, summed in its order: in a saturated row, scores rounded in
+            # another way would change the largest probability, which plain softmax keeps exact.
+            b_s = tl.trans(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION))
+        else:
+            b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         b_p = exp2(b_s * scale_log2 - b_lse[None, :])
         b_seen = b_p
         if GATED:

@@ -89,7 +89,7 @@ def check_against_reference(tensors, gate, *, strict=False, grad=None, **options
         if truth.numel() == 0:
             continue
         error, budget = ((t.double() - truth).abs() for t in (mine, other))
-        floor = 2 * FLOOR[out.dtype] * max(truth.abs().max().item(), 1.0)
+        floor = FLOOR[out.dtype] * max(truth.abs().max().item(), 1.0)
         both = f"{name}: largest error {error.max():.3e}, plain PyTorch {budget.max():.3e}"
         assert error.max() <= 2 * budget.max() + floor, both
         error, budget = (t.square().mean().sqrt() for t in (error, budget))
@@ -132,7 +132,7 @@ def test_launches_of_sm_90(monkeypatch, queries):
     check_against_reference(tensors, gate)
 
 
-@settings(derandomize=True, max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     batch=st.integers(1, 2), queries=st.integers(1, 40), tokens=st.integers(1, 70),
     prompts=st.integers(0, 70), heads=st.integers(1, 2), head_dim=st.integers(16, 40),
