@@ -1,19 +1,40 @@
 """Triton kernels of TCPA: prompt matching and gated attention, forward and backward.
 
-The package imports torch and triton only and knows nothing of models or data; importing it imports
-no kernel. The kernels (`gated_attention`, `match_prompts`, `norm_match`) equal the reference in
-Triton's interpreter and compile offline for every promised shape. They have not run on a GPU yet,
-so the library does not choose them; call them from their modules to try them.
+The package imports torch and triton only and knows nothing of models or data. It equals the
+reference in Triton's interpreter and compiles offline for every promised shape; `pytest -m gpu`
+checks it on a GPU.
 """
 
 import torch
 
+try:
+    from .attention_inputs import fits as attention_fits
+    from .common import launch_error
+    from .gated_attention import gated_attention
+    from .match_prompts import match_prompts
+    from .matching import fits as matching_fits
+    from .norm_match import norm_match
+except ModuleNotFoundError as error:
+    # Triton exists for Linux only; everything else of the library works without.
+    if error.name is None or error.name.partition(".")[0] != "triton":
+        raise
+    _missing = True
+else:
+    _missing = False
+
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """Say why the library cannot choose the kernels on `device`; None when it can."""
-    if device.type != "cuda":
-        return f"tensors are on {device.type!r}; Triton kernels need a CUDA or ROCm device"
-    return "the Triton kernels of this version have not been verified on a GPU yet"
+    """Say why the kernels cannot run on tensors of `device`; None when they can."""
+    if _missing:
+        return "triton is not installed; pip install triton (Linux)"
+    return launch_error(device)
 
 
-__all__ = ["unavailable_reason"]
+__all__ = [
+    "attention_fits",
+    "gated_attention",
+    "match_prompts",
+    "matching_fits",
+    "norm_match",
+    "unavailable_reason",
+]

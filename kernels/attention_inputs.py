@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from .common import LOG2_E, addressable, precision_of, require_kernel_dtype
-from .launch import Launch, architecture_of, choose_launch
+from .launch import DTYPE_CLASSES, Launch, architecture_of, choose_launch
 
 MIN_HEAD_DIM, MAX_HEAD_DIM, MAX_PROMPTS = 16, 128, 256
 TAIL_ROWS = 16
@@ -140,6 +140,13 @@ def tail_rows(num_queries: int, block_m: int) -> int:
     return TAIL_ROWS if 0 < num_queries % block_m <= TAIL_ROWS < block_m else 0
 
 
+def fits(q: Tensor, k_prompt: Tensor) -> bool:
+    """Tell whether the kernels take tensors of this dtype, head dim and number of prompt rows."""
+    head_dim, num_prompts = q.shape[-1], k_prompt.shape[-3]
+    in_range = MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM and num_prompts <= MAX_PROMPTS
+    return q.dtype in DTYPE_CLASSES and in_range
+
+
 def check_inputs(
     q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor, gate: Tensor | None
 ) -> None:
@@ -203,5 +210,6 @@ __all__ = [
     "bucket_of",
     "check_inputs",
     "check_options",
+    "fits",
     "tail_rows",
 ]

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from .common import require_kernel_dtype, require_launchable
-from .launch import Launch, architecture_of, choose_launch
+from .launch import DTYPE_CLASSES, Launch, architecture_of, choose_launch
 
 MAX_POOL = 64
 MAX_WIDTH = 4096
@@ -113,6 +113,13 @@ def dense_rows(tensor: Tensor) -> Tensor:
 
 def _refuse(name: str, got: object, expected: str, remedy: str) -> None:
     raise ValueError(f"{name}: got {got}, expected {expected}; {remedy}")
+
+
+def fits(x: Tensor, cls_keys: Tensor, image_keys: Tensor) -> bool:
+    """Tell whether the kernels take tensors of these dtypes, this width and these pools."""
+    known = all(t.dtype in DTYPE_CLASSES for t in (x, cls_keys, image_keys))
+    pools = max(cls_keys.shape[0], image_keys.shape[0])
+    return known and pools <= MAX_POOL and 1 <= x.shape[-1] <= MAX_WIDTH
 
 
 def check_tensors(x: Tensor, cls_keys: Tensor, image_keys: Tensor) -> None:

@@ -7,9 +7,10 @@ W = ceil(P / 32) gate words.
 
 from .build import create_model, wrap
 from .config import HTA_DATASETS, PromptConfig, Savings, TCPAConfig, VPTConfig
+from .dispatch import choose_impl
 from .model import Normalization, PromptedViT
 from .official import load_official_state_dict, official_state_dict
-from .ops import choose_impl, gated_attention, match_prompts
+from .ops import gated_attention, match_prompts, norm_match
 from .reference import (
     gated_attention_reference,
     match_prompts_reference,
@@ -38,6 +39,7 @@ __all__ = [
     "load_official_state_dict",
     "match_prompts",
     "match_prompts_reference",
+    "norm_match",
     "official_state_dict",
     "pack_gate",
     "random_gate",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm, LayerNormFp32
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock
@@ -93,6 +94,13 @@ def embed_images(model: ModuleLike, images: Tensor) -> tuple[Tensor, list[Tensor
         return model.norm_pre(x), [rope] * depth
     x = model.patch_drop(model._pos_embed(x))
     return model.norm_pre(x), [None] * depth
+
+
+def frozen_layer_norm(block: ModuleLike) -> nn.LayerNorm | None:
+    """Return a block's first norm if it is a plain LayerNorm whose parameters are frozen."""
+    norm = block.norm1
+    plain = type(norm) in (nn.LayerNorm, LayerNorm, LayerNormFp32)
+    return norm if plain and not any(p.requires_grad for p in norm.parameters()) else None
 
 
 def rows_read_by_head(model: ModuleLike) -> int | None:

@@ -11,8 +11,8 @@ from torch import nn
 from . import blocks
 from .checks import require, require_choice, require_int
 from .config import PromptConfig, Savings, TCPAConfig, VPTConfig
+from .dispatch import IMPLS, Impl
 from .model import Normalization, PromptedViT
-from .ops import IMPLS, Impl
 
 _log = logging.getLogger("tcpa")
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from . import blocks
 from .config import Savings
-from .ops import Impl, gated_attention
+from .dispatch import Impl
+from .ops import gated_attention
 from .reference import NormalizeOver, unpack_gate
 
 
@@ -108,6 +109,7 @@ def run_block(
     value_affine: nn.Module | None = None,
     gate: Tensor | None = None,
     rows: int | None = None,
+    normed: Tensor | None = None,
 ) -> Tensor:
     """Run one block.
 
@@ -121,11 +123,12 @@ def run_block(
         value_affine: module applied to the prompts' values.
         gate: int32 `[B or 1, L, W]`; None when every token sees every prompt.
         rows: compute only this many leading rows.
+        normed: `x` after the first norm, where it is known.
 
     Returns:
         `[B, rows or L, C]`.
     """
-    normed = block.norm1(x)
+    normed = block.norm1(x) if normed is None else normed
     if prompts is not None and not settings.savings.prompt_keys_only:
         projected = _project_joined(block, normed, prompts, value_affine)
     else:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .build import wrap
 from .config import PromptConfig, Savings, TCPAConfig, VPTConfig
+from .dispatch import Impl
 from .model import PromptedViT
 from .official import load_official_state_dict, official_learning_rate, official_state_dict
 from .reference import split_gate
@@ -93,18 +94,28 @@ def golden_batches(case: Mapping[str, Any], dtype: torch.dtype) -> list[tuple[Te
 
 
 def golden_model(
-    case: Mapping[str, Any], *, dtype: torch.dtype = torch.float64, savings: Savings | None = None
+    case: Mapping[str, Any],
+    *,
+    dtype: torch.dtype = torch.float64,
+    savings: Savings | None = None,
+    impl: Impl = "auto",
+    device: torch.device | str = "cpu",
 ) -> PromptedViT:
     """Build the model of a case with its weights."""
-    backbone = timm.create_model(GOLDEN_BACKBONE, num_classes=case["n_classes"]).to(dtype)
-    model = wrap(backbone, config_of(case), savings=savings)
+    backbone = timm.create_model(GOLDEN_BACKBONE, num_classes=case["n_classes"]).to(device, dtype)
+    model = wrap(backbone, config_of(case), savings=savings, impl=impl)
     shapes = {name: tuple(p.shape) for name, p in official_state_dict(model).items()}
     load_official_state_dict(model, dict(golden_weights(shapes, case["seed"])))
     return model
 
 
 def run_case(
-    case: Mapping[str, Any], *, dtype: torch.dtype = torch.float64, savings: Savings | None = None
+    case: Mapping[str, Any],
+    *,
+    dtype: torch.dtype = torch.float64,
+    savings: Savings | None = None,
+    impl: Impl = "auto",
+    device: torch.device | str = "cpu",
 ) -> dict[str, np.ndarray]:
     """Compute every field of a golden file with this library.
 
@@ -112,14 +123,16 @@ def run_case(
         case: settings, from `case_of`.
         dtype: precision of weights, images and computation.
         savings: forms of the computation to use; all savings by default.
+        impl: what computes the operations.
+        device: where.
 
     Returns:
         The fields of the golden file, computed here.
     """
-    model = golden_model(case, dtype=dtype, savings=savings)
+    model = golden_model(case, dtype=dtype, savings=savings, impl=impl, device=device)
     parameters = model.trainable_parameters()
     optimizer = torch.optim.AdamW(parameters, lr=case["lr"], weight_decay=case["wd"])
-    batches = golden_batches(case, dtype)
+    batches = [(x.to(device), y.to(device)) for x, y in golden_batches(case, dtype)]
     fields: dict[str, Any] = {"losses": [], "match_losses": []}
     if case.get("tdvp"):
         fields |= _selections(model, batches[0][0])
@@ -141,7 +154,7 @@ def run_case(
 
 
 def _detached(value: Any) -> Any:
-    return value.detach().double().numpy() if isinstance(value, Tensor) else value
+    return value.detach().double().cpu().numpy() if isinstance(value, Tensor) else value
 
 
 def _selections(model: PromptedViT, images: Tensor) -> dict[str, np.ndarray]:
@@ -159,7 +172,7 @@ def _selections(model: PromptedViT, images: Tensor) -> dict[str, np.ndarray]:
 
 
 def _indices(selected: Tensor, top_k: int) -> np.ndarray:
-    return selected.nonzero()[:, -1].reshape(*selected.shape[:-1], top_k).numpy()
+    return selected.nonzero()[:, -1].reshape(*selected.shape[:-1], top_k).cpu().numpy()
 
 
 def _gradients(model: PromptedViT) -> dict[str, Any]:
@@ -217,10 +230,8 @@ def check_schedule(golden: Arrays) -> dict[str, float]:
     return {"lr": _relative_error(expected, np.asarray(ours))}
 
 
-def check(
-    golden: Arrays, *, dtype: torch.dtype = torch.float64, savings: Savings | None = None
-) -> dict[str, float]:
-    """Run the case of a golden file and return the error of every field."""
+def check(golden: Arrays, **options: Any) -> dict[str, float]:
+    """Run the case of a golden file, with the options of `run_case`; return every field's error."""
     if "lr" in golden:
         return check_schedule(golden)
-    return compare(golden, run_case(case_of(golden), dtype=dtype, savings=savings))
+    return compare(golden, run_case(case_of(golden), **options))

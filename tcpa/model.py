@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from . import blocks
 from .checks import require, require_int
 from .config import PromptConfig, Savings, TCPAConfig, VPTConfig
+from .dispatch import Impl, autocast_dtype, choose_impl
 from .forward import (
     BlockSettings,
     PromptKV,
@@ -26,7 +27,7 @@ from .forward import (
     run_block,
     run_block_on_tokens,
 )
-from .ops import Impl, autocast_dtype, choose_impl, match_prompts
+from .ops import match_prompts, norm_match
 from .prompts import PromptPools, TokenPrompts, ValueAffine, make_image_prompt
 from .reference import random_gate, role_gate
 
@@ -267,9 +268,11 @@ class PromptedViT(nn.Module):
         rows: int | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Match, add noise and run one block; return its tokens, match distance and gate."""
-        gate, distance = self._match(index, x)
-        config = self.config
-        if isinstance(config, TCPAConfig) and config.token_noise > 0 and self.training:
+        config, normed = self.config, None
+        noisy = isinstance(config, TCPAConfig) and config.token_noise > 0 and self.training
+        norm = None if noisy else blocks.frozen_layer_norm(self.backbone.blocks[index])
+        gate, distance, normed = self._match(index, x, norm)
+        if noisy:
             x = x + config.token_noise * torch.randn_like(x)
         settings = BlockSettings(
             patches=slice(self.backbone.num_prefix_tokens, num_tokens),
@@ -291,14 +294,19 @@ class PromptedViT(nn.Module):
             value_affine=self.value_affine,
             gate=gate,
             rows=rows,
+            normed=normed,
         )
         return x, distance, gate
 
-    def _match(self, index: int, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gate `[B or 1, L, W]` of a block's tokens and the match distance."""
+    def _match(
+        self, index: int, x: Tensor, norm: nn.LayerNorm | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gate `[B or 1, L, W]` of a block's tokens, the match distance, and the tokens
+        after `norm` where that comes with the matching.
+        """
         config, pools = self.config, self.pools
         if pools is None or not isinstance(config, TCPAConfig):
-            return None, None
+            return None, None, None
         layout = {
             "lengths": (config.cls_prompt_length, config.image_prompt_length),
             "num_prefix_tokens": self.backbone.num_prefix_tokens,
@@ -306,23 +314,25 @@ class PromptedViT(nn.Module):
         num_pool = (config.cls_pool_size, config.image_pool_size)
         if config.coordination == "role":
             gate = role_gate(x.shape[1], num_pool=num_pool, device=x.device, **layout)
-            return gate, None
+            return gate, None, None
         gate = None
         if self.training and self.epoch < config.random_selection_epochs:
             top_k = (config.cls_top_k, config.image_top_k)
             drawn = {"num_pool": num_pool, "top_k": top_k, "device": x.device}
             gate = random_gate(x.shape[0], x.shape[1], **drawn, **layout)
-        return match_prompts(
-            x,
-            pools.cls_keys[index],
-            pools.image_keys[index],
-            cls_top_k=config.cls_top_k,
-            image_top_k=config.image_top_k,
-            selection=config.selection,
-            gate=gate,
-            impl=self.impl,
+        keys = pools.cls_keys[index], pools.image_keys[index]
+        options = {
+            "cls_top_k": config.cls_top_k,
+            "image_top_k": config.image_top_k,
+            "selection": config.selection,
+            "gate": gate,
+            "impl": self.impl,
             **layout,
-        )
+        }
+        if norm is None:
+            return *match_prompts(x, *keys, **options), None
+        normed, gate, distance = norm_match(x, norm.weight, norm.bias, norm.eps, *keys, **options)
+        return gate, distance, normed
 
     # Prompts of all blocks.
 

@@ -1,14 +1,11 @@
-"""The two operations of TCPA: public entries that check their arguments and choose an
-implementation.
+"""The operations of TCPA: public entries that check their arguments and call an implementation.
 
-`match_prompts` says which prompts every token may see, `gated_attention` attends accordingly.
+`match_prompts` says which prompts every token may see, `gated_attention` attends accordingly;
+`norm_match` is the block's LayerNorm and `match_prompts` in one read of the tokens.
 """
 
-import logging
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels, sdpa
@@ -22,6 +19,7 @@ from .checks import (
     require_shape,
     require_tensor,
 )
+from .dispatch import Impl, autocast_dtype, resolve, without_autocast
 from .reference import (
     NormalizeOver,
     Selection,
@@ -29,83 +27,6 @@ from .reference import (
     match_prompts_reference,
     num_gate_words,
 )
-
-Impl = Literal["auto", "triton", "sdpa", "reference"]
-IMPLS = ("auto", "triton", "sdpa", "reference")
-
-NO_AUTOCAST = ("meta",)
-"""Device types that torch.autocast refuses; asking torch itself would break compiled graphs."""
-
-SHORT = 192
-"""Tokens below which the reference is faster than the fused CPU attention in 16-bit precision."""
-
-_log = logging.getLogger("tcpa")
-_announced: set[tuple[str, str]] = set()
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the dtype in which torch.autocast computes on a device; None while it is off."""
-    kind = device.type
-    on = kind not in NO_AUTOCAST and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else None
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Switch torch.autocast off for a device that knows it."""
-    unknown = device.type in NO_AUTOCAST
-    return nullcontext() if unknown else torch.autocast(device.type, enabled=False)
-
-
-def choose_impl(
-    impl: Impl,
-    device: torch.device,
-    *,
-    dtype: torch.dtype = torch.float32,
-    num_tokens: int | None = None,
-) -> tuple[str, str]:
-    """Resolve `impl` for a device and a size.
-
-    Args:
-        impl: "triton" (fused kernels), "sdpa" (exact composition over PyTorch's fused attention, on
-            the CPU), "reference", or "auto": the fastest of these that can run.
-        device: where the tensors are.
-        dtype: in which the attention is computed.
-        num_tokens: L, if known.
-
-    Returns:
-        The implementation that will run and the reason for it.
-
-    Raises:
-        ValueError: unknown `impl`.
-        RuntimeError: an implementation was asked for by name and cannot run; nothing else is run in
-            its place.
-    """
-    require_choice("impl", impl, IMPLS)
-    if impl == "reference":
-        return "reference", "asked for"
-    no_triton, no_sdpa = kernels.unavailable_reason(device), sdpa.unavailable_reason(device)
-    if impl == "auto":
-        if no_triton is None:
-            return "triton", "kernels can run here"
-        # Measured on a CPU with native bfloat16: forward and backward at L = 65 take 0.3x, at
-        # L = 197 1.0x and at L = 577 1.3x the time of "sdpa"; in float32 1.0x, 1.4x and 1.7x.
-        short = num_tokens is not None and num_tokens < SHORT and dtype.itemsize == 2
-        if no_sdpa is None and short:
-            return "reference", f"{no_triton}; the fastest for {num_tokens} tokens in {dtype}"
-        return ("sdpa", no_triton) if no_sdpa is None else ("reference", no_triton)
-    reason = no_triton if impl == "triton" else no_sdpa
-    if reason is not None:
-        raise RuntimeError(f"impl={impl!r} cannot run: {reason}; pass impl='auto' or 'reference'")
-    return impl, "asked for"
-
-
-def _resolve(impl: Impl, x: Tensor, num_tokens: int) -> str:
-    """Choose an implementation and log an automatic choice once."""
-    choice = choose_impl(impl, x.device, dtype=x.dtype, num_tokens=num_tokens)
-    if impl == "auto" and not torch.compiler.is_compiling() and choice not in _announced:
-        _announced.add(choice)
-        _log.info("implementation: %s (%s)", *choice)
-    return choice[0]
 
 
 def match_prompts(
@@ -163,33 +84,22 @@ def match_prompts(
     Source:
         Eq. 9, 10 and 14, Section 3.3; means and joint differentiation as in the official code.
     """
-    require_tensor("x", x, "[B, L, C]", 3)
-    for name, keys in (("cls_keys", cls_keys), ("image_keys", image_keys)):
-        require_tensor(name, keys, "[R, C]", 2)
-        require_same_device(name, keys, x)
-        require_shape(name, keys, (keys.shape[0], x.shape[2]), "R pool entries, C as in x")
-    require_int("cls_top_k", cls_top_k, 0, cls_keys.shape[0])
-    require_int("image_top_k", image_top_k, 0, image_keys.shape[0])
-    require_int("num_prefix_tokens", num_prefix_tokens, 0, x.shape[1])
-    for index, length in enumerate(lengths):
-        require_int(f"lengths[{index}]", length, 1)
-    require_choice("selection", selection, ("nearest", "farthest"))
-    num_prompts = cls_keys.shape[0] * lengths[0] + image_keys.shape[0] * lengths[1]
-    if gate is not None:
-        _check_gate(gate, (x.shape[0], x.shape[1], num_gate_words(num_prompts)), x.device)
-    _resolve(impl, x, x.shape[1])
+    _check_matching(
+        x, cls_keys, image_keys, cls_top_k, image_top_k, num_prefix_tokens, lengths, selection, gate
+    )
+    options = {
+        "cls_top_k": cls_top_k,
+        "image_top_k": image_top_k,
+        "num_prefix_tokens": num_prefix_tokens,
+        "lengths": lengths,
+        "selection": selection,
+        "gate": gate,
+    }
+    fits = kernels.matching_fits(x, cls_keys, image_keys)
+    if resolve(impl, x, x.shape[1], fits) == "triton":
+        return kernels.match_prompts(x, cls_keys, image_keys, **options)
     with without_autocast(x.device):
-        return match_prompts_reference(
-            x,
-            cls_keys,
-            image_keys,
-            cls_top_k=cls_top_k,
-            image_top_k=image_top_k,
-            num_prefix_tokens=num_prefix_tokens,
-            lengths=lengths,
-            selection=selection,
-            gate=gate,
-        )
+        return match_prompts_reference(x, cls_keys, image_keys, **options)
 
 
 def gated_attention(
@@ -252,14 +162,118 @@ def gated_attention(
     if scale is not None:
         require_number("scale", scale, 0.0)
     require_choice("normalize_over", normalize_over, ("all", "visible"))
-    name = _resolve(impl, q, k.shape[1])
-    # Without a gate PyTorch's own attention computes the same, on any device.
-    ungated = impl == "auto" and q.device.type != "cpu" and gate is None
-    attend = gated_attention_reference
-    if name == "sdpa" or ungated:
+    name = resolve(impl, q, k.shape[1], kernels.attention_fits(q, k_prompt))
+    options = {"scale": scale, "normalize_over": normalize_over}
+    if name == "triton":
+        return kernels.gated_attention(q, k, v, k_prompt, v_prompt, gate, **options)
+    if name == "sdpa" or (impl == "auto" and q.device.type != "cpu" and gate is None):
+        # Without a gate PyTorch's own attention computes the same, on any device.
         attend = sdpa.gated_attention_sdpa
+    else:
+        attend = gated_attention_reference
     with without_autocast(q.device):
-        return attend(q, k, v, k_prompt, v_prompt, gate, scale=scale, normalize_over=normalize_over)
+        return attend(q, k, v, k_prompt, v_prompt, gate, **options)
+
+
+def norm_match(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    cls_keys: Tensor,
+    image_keys: Tensor,
+    *,
+    cls_top_k: int,
+    image_top_k: int,
+    num_prefix_tokens: int = 1,
+    lengths: tuple[int, int] = (1, 1),
+    selection: Selection = "nearest",
+    gate: Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise every token with LayerNorm, and match the same tokens, before the norm, with the
+    prompt pools.
+
+    The kernels read `x` once for both.
+
+    Args:
+        x: `[B, L, C]` float tokens before the norm.
+        weight: `[C]` scale of the LayerNorm; None is one.
+        bias: `[C]` shift of the LayerNorm; None is zero.
+        eps: added to the variance.
+        cls_keys, image_keys, cls_top_k, image_top_k, num_prefix_tokens, lengths, selection, gate:
+            as in `match_prompts`.
+        impl: "auto", "triton" (frozen weight and bias only) or "reference" ("sdpa" is the same).
+
+    Returns:
+        normed: `[B, L, C]`, in the dtype of `x` (the reference: of `torch.nn.functional.layer_norm`
+            under the current autocast).
+        gate, distance: as in `match_prompts`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        RuntimeError: the `impl` that was asked for cannot run here.
+
+    Numerics:
+        LayerNorm in float32 or better; matching as in `match_prompts`. Deterministic.
+
+    Cost:
+        One read of `x` and one write of the normed tokens (kernels).
+
+    Source:
+        Eq. 9, 10 and 14, Section 3.3; the norm is the first of the transformer block.
+    """
+    _check_matching(
+        x, cls_keys, image_keys, cls_top_k, image_top_k, num_prefix_tokens, lengths, selection, gate
+    )
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            require_tensor(name, parameter, "[C]", 1)
+            require_same_device(name, parameter, x)
+            require_shape(name, parameter, (x.shape[2],), "C as in x")
+    require_number("eps", eps, 0.0)
+    frozen = not any(p is not None and p.requires_grad for p in (weight, bias))
+    fits = kernels.matching_fits(x, cls_keys, image_keys) and frozen
+    options = {
+        "cls_top_k": cls_top_k,
+        "image_top_k": image_top_k,
+        "num_prefix_tokens": num_prefix_tokens,
+        "lengths": lengths,
+        "selection": selection,
+        "gate": gate,
+    }
+    if resolve(impl, x, x.shape[1], fits) == "triton":
+        return kernels.norm_match(x, weight, bias, eps, cls_keys, image_keys, **options)
+    normed = F.layer_norm(x, x.shape[2:], weight, bias, eps)
+    with without_autocast(x.device):
+        return normed, *match_prompts_reference(x, cls_keys, image_keys, **options)
+
+
+def _check_matching(
+    x: Tensor,
+    cls_keys: Tensor,
+    image_keys: Tensor,
+    cls_top_k: int,
+    image_top_k: int,
+    num_prefix_tokens: int,
+    lengths: tuple[int, int],
+    selection: Selection,
+    gate: Tensor | None,
+) -> None:
+    require_tensor("x", x, "[B, L, C]", 3)
+    for name, keys in (("cls_keys", cls_keys), ("image_keys", image_keys)):
+        require_tensor(name, keys, "[R, C]", 2)
+        require_same_device(name, keys, x)
+        require_shape(name, keys, (keys.shape[0], x.shape[2]), "R pool entries, C as in x")
+    require_int("cls_top_k", cls_top_k, 0, cls_keys.shape[0])
+    require_int("image_top_k", image_top_k, 0, image_keys.shape[0])
+    require_int("num_prefix_tokens", num_prefix_tokens, 0, x.shape[1])
+    for index, length in enumerate(lengths):
+        require_int(f"lengths[{index}]", length, 1)
+    require_choice("selection", selection, ("nearest", "farthest"))
+    num_prompts = cls_keys.shape[0] * lengths[0] + image_keys.shape[0] * lengths[1]
+    if gate is not None:
+        _check_gate(gate, (x.shape[0], x.shape[1], num_gate_words(num_prompts)), x.device)
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor) -> None:

@@ -24,8 +24,8 @@ from . import blocks
 from .build import create_model, wrap
 from .checks import config_from_dict, require, require_choice
 from .config import PromptConfig, Savings, TCPAConfig, VPTConfig
+from .dispatch import Impl
 from .model import PromptedViT
-from .ops import Impl
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

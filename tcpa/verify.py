@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .config import Savings
+from .dispatch import IMPLS, choose_impl
 from .golden import check
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
@@ -45,13 +46,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--plain", action="store_true", help="check the plain computation, without any saving"
     )
+    parser.add_argument("--impl", choices=IMPLS, default="auto", help="what computes (auto)")
+    parser.add_argument("--device", default="cpu", help="where: cpu (default), cuda, cuda:1, ...")
     options = parser.parse_args(argv)
+    dtype, savings = getattr(torch, options.dtype), Savings.none() if options.plain else None
+    try:
+        device = torch.device(options.device)
+        torch.zeros(1, device=device).item()
+        name, reason = choose_impl(options.impl, device, dtype=dtype)
+        if name == "triton" and dtype == torch.float64:
+            raise RuntimeError("the kernels compute in float32 at most; pass --dtype float32")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        message = str(error).strip().splitlines()[0]
+        print(f"--impl {options.impl} --device {options.device}: {message}", file=sys.stderr)
+        return 2
+    print(f"{options.dtype} on {device}, {name}: {reason}", file=sys.stderr)
     status = 0
     for path in options.files:
         try:
             golden = load_golden(path)
-            savings = Savings.none() if options.plain else None
-            errors = check(golden, dtype=getattr(torch, options.dtype), savings=savings)
+            errors = check(golden, dtype=dtype, savings=savings, impl=options.impl, device=device)
         except KeyError as error:
             print(f"{path}: no field case/{error.args[0]}; is it a golden file?", file=sys.stderr)
             status = 2

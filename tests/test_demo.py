@@ -11,10 +11,19 @@ from tcpa.train.__main__ import main
 from tcpa.train.demo import run
 from tcpa.train.demo.backbone import load_backbone
 from tcpa.train.demo.config import DemoConfig
-from tcpa.train.demo.data import load_digits, split_indices
+from tcpa.train.demo.data import load_digits, make_split
 from tcpa.train.demo.engine import Epoch, learning_rate_factor, predict, train_method
 from tcpa.train.demo.report import Row, verdict
-from tcpa.train.demo.tasks import Task, run_task, run_tasks
+from tcpa.train.demo.tasks import (
+    LEARNING_RATES,
+    PROMPTS,
+    Task,
+    chosen_methods,
+    run_task,
+    run_tasks,
+    split_on,
+)
+from tcpa.train.demo.tune import best_rate
 from tcpa.train.usage import UsageError
 
 import tcpa
@@ -39,22 +48,36 @@ def test_digits_are_the_enlarged_originals() -> None:
     images, labels = load_digits()
     assert images.shape == (1797, 1, 32, 32)
     assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    assert images.min() == -1
-    assert images.max() <= 1
+    assert images.max() == 1
+    assert images.min() >= -1
     # Enlarging fourfold puts no pixel centre on an old one, but keeps the mean of smooth parts.
-    small = torch.from_numpy(originals().images).float() / 8 - 1
+    small = 1 - torch.from_numpy(originals().images).float() / 8
     pooled = torch.nn.functional.avg_pool2d(images, 4)[:, 0]
     assert torch.corrcoef(torch.stack([pooled.flatten(), small.flatten()]))[0, 1] > 0.97
 
 
-def test_split_is_stratified_disjoint_and_decided_by_the_seed() -> None:
-    labels = load_digits()[1]
-    train, test = split_indices(labels, 30, seed=0)
-    assert labels[train].bincount().tolist() == [30] * 10
-    assert torch.cat([train, test]).sort().values.equal(torch.arange(1797))
-    again, other = split_indices(labels, 30, seed=0)[0], split_indices(labels, 30, seed=1)[0]
-    assert train.equal(again)
-    assert not train.sort().values.equal(other.sort().values)
+def rows_of(images: torch.Tensor) -> set[bytes]:
+    return {image.numpy().tobytes() for image in images}
+
+
+def test_test_images_are_all_but_the_first_hundred_of_each_digit() -> None:
+    images, labels = load_digits()
+    train, train_labels, test, test_labels = make_split("test")
+    assert train_labels.bincount().tolist() == [100] * 10
+    assert len(test) == len(test_labels) == 797
+    threes = images[labels == 3]
+    assert train[train_labels == 3].equal(threes[:100])
+    assert test[test_labels == 3].equal(threes[100:])
+
+
+def test_validation_never_sees_a_test_image() -> None:
+    train, _, test, _ = make_split("test")
+    first, first_labels, held, held_labels = make_split("validation")
+    assert first_labels.bincount().tolist() == [80] * 10
+    assert held_labels.bincount().tolist() == [20] * 10
+    assert rows_of(first) | rows_of(held) == rows_of(train)
+    assert not (rows_of(first) | rows_of(held)) & rows_of(test)
+    assert not rows_of(first) & rows_of(held)
 
 
 def test_learning_rate_rises_then_falls_to_zero() -> None:
@@ -67,17 +90,45 @@ def test_learning_rate_rises_then_falls_to_zero() -> None:
 
 
 def test_methods_are_compared_fairly() -> None:
-    linear, vpt, ours = run.METHODS
+    linear, vpt, ours = chosen_methods()
     assert linear.prompts is None
     assert isinstance(vpt.prompts, tcpa.VPTConfig)
     assert vpt.prompts.deep
     assert isinstance(ours.prompts, tcpa.TCPAConfig)
     assert vpt.prompts.num_prompts == ours.prompts.num_prompts == run.PROMPT_ROWS
+    assert ours.prompts.prompt_dropout == 0
+
+
+def test_learning_rates_are_the_best_of_the_recorded_grid() -> None:
+    record = json.loads(LEARNING_RATES.read_text(encoding="utf-8"))
+    measured = record["validation_accuracy"]
+    assert record["chosen"].keys() == measured.keys() == PROMPTS.keys()
+    for name, rates in measured.items():
+        by_rate = {float(rate): accuracy for rate, accuracy in rates.items()}
+        assert sorted(by_rate) == sorted(record["grid"])
+        assert record["chosen"][name] == best_rate(by_rate)
+    assert record["epochs"] == DemoConfig().epochs
+    assert {m.name: m.learning_rate for m in chosen_methods()} == record["chosen"]
+
+
+def test_a_tie_goes_to_the_smaller_rate() -> None:
+    assert best_rate({0.1: 88.0, 0.03: 88.0, 0.01: 87.0}) == 0.03
+    assert best_rate({0.1: 88.5, 0.03: 88.0}) == 0.1
+
+
+def test_tuning_writes_a_record_of_the_whole_grid(tmp_path, capsys) -> None:
+    file = tmp_path / "new" / "rates.json"
+    arguments = ["--grid", "0.0001", "0.1", "--seeds", "0", "--epochs", "1"]
+    assert main(["tune-demo", *arguments, "--output", str(file)]) == 0
+    record = json.loads(file.read_text(encoding="utf-8"))
+    assert all(set(rates) == {"0.0001", "0.1"} for rates in record["validation_accuracy"].values())
+    assert record["chosen"] == dict.fromkeys(PROMPTS, 0.1)
+    assert "linear probe: 0.1" in capsys.readouterr().out
 
 
 def test_training_repeats_by_seed() -> None:
-    split = run.make_split(0, torch.device("cpu"), quick=True)
-    method = run.METHODS[-1]
+    split = split_on(torch.device("cpu"), "quick")
+    method = chosen_methods()[-1]
     seeds = (0, 0, 1)
     models = [
         train_method(method, split, seed=seed, epochs=1, on_epoch=lambda _: None) for seed in seeds
@@ -91,7 +142,13 @@ def test_training_repeats_by_seed() -> None:
 def test_runs_side_by_side_equal_runs_one_after_the_other(tmp_path) -> None:
     cpu, threads = torch.device("cpu"), torch.get_num_threads()
     tasks = [
-        Task(method=run.METHODS[0], seed=seed, epochs=1, device=cpu, save_to=tmp_path / str(seed))
+        Task(
+            method=chosen_methods()[0],
+            seed=seed,
+            epochs=1,
+            device=cpu,
+            save_to=tmp_path / str(seed),
+        )
         for seed in (0, 1)
     ]
     together: list[Epoch] = []
@@ -108,15 +165,15 @@ def test_runs_side_by_side_equal_runs_one_after_the_other(tmp_path) -> None:
 
 def test_a_failed_run_is_reported() -> None:
     cpu = torch.device("cpu")
-    bad = Task(method=replace(run.METHODS[0], prompts="none"), seed=0, epochs=1, device=cpu)
+    bad = Task(method=replace(chosen_methods()[0], prompts="none"), seed=0, epochs=1, device=cpu)
     with pytest.raises(TypeError, match="config: got str, expected TCPAConfig"):
         run_tasks([bad, bad], lambda _: None)
 
 
 def test_backbone_stays_as_shipped() -> None:
-    split = run.make_split(0, torch.device("cpu"), quick=True)
+    split = split_on(torch.device("cpu"), "quick")
     shipped = dict(load_backbone().named_parameters())
-    model = train_method(run.METHODS[-1], split, seed=0, epochs=1, on_epoch=lambda _: None)
+    model = train_method(chosen_methods()[-1], split, seed=0, epochs=1, on_epoch=lambda _: None)
     for name, value in model.backbone.named_parameters():
         if not name.startswith("head."):
             assert torch.equal(value, shipped[name]), name
@@ -151,7 +208,7 @@ def test_metrics_hold_config_epochs_and_summary(finished) -> None:
 def test_saved_adapter_gives_the_reported_accuracy(finished) -> None:
     folder, rows, _ = finished
     model = tcpa.from_pretrained(folder / "tcpa_adapter", backbone=load_backbone())
-    split = run.make_split(0, torch.device("cpu"), quick=True)
+    split = split_on(torch.device("cpu"), "quick")
     right = predict(model, split.test_images) == split.test_labels
     assert 100 * float(right.double().mean()) == pytest.approx(rows[-1].mean)
 
@@ -201,11 +258,14 @@ def test_command_prints_one_table(tmp_path, capsys) -> None:
         (["--seeds", "-3"], ("--seeds", "-3")),
         (["--device", "gpu"], ("--device", "'gpu'", "auto, cpu")),
         (["--device", "cuda:99"], ("--device", "cuda:99")),
+        (["--grid", "0.1", "0.1"], ("--grid", "different numbers")),
+        (["--grid", "-1"], ("--grid", "-1")),
     ],
 )
 def test_bad_arguments_are_named(arguments, parts, tmp_path, capsys) -> None:
     output = tmp_path / "out"
-    assert main(["demo", *arguments, "--output", str(output)]) == 2
+    command = "tune-demo" if arguments[0] == "--grid" else "demo"
+    assert main([command, *arguments, "--output", str(output)]) == 2
     message = capsys.readouterr().err
     assert all(part in message for part in parts), message
     assert not output.exists()

@@ -79,7 +79,30 @@ def test_command_prints_a_line_per_file_and_fails_on_a_difference(tmp_path, caps
         verify, "check", lambda golden, **options: seen.update(options) or {"a": 0.0}
     )
     assert main([str(FILES[-1]), "--plain", "--dtype", "float32"]) == 0
-    assert seen == {"dtype": torch.float32, "savings": Savings.none()}
+    plain = {"dtype": torch.float32, "savings": Savings.none()}
+    assert seen == plain | {"impl": "auto", "device": torch.device("cpu")}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_golden_files_through_the_kernels_on_a_gpu(path):
+    arguments = ["--impl", "triton", "--device", "cuda", "--dtype", "float32"]
+    assert main([str(path), *arguments]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "gpu"], "--impl auto --device gpu: "),
+        (["--impl", "triton"], "pass --dtype float32"),
+        (["--impl", "triton", "--device", "meta"], "--impl triton --device meta: "),
+    ],
+)
+def test_an_implementation_that_cannot_run_is_refused(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr("tcpa.kernels.common.interpreting", lambda: True)
+    assert main([str(FILES[0]), *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"hello"])

@@ -7,11 +7,12 @@ import importlib
 import sys
 from typing import Annotated, Any, Union
 
-from .demo.config import DemoConfig, PretrainConfig
+from .demo.config import DemoConfig, PretrainConfig, TuneConfig
 from .usage import UsageError
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
     "demo": (DemoConfig, ".demo.run", "run_demo"),
+    "tune-demo": (TuneConfig, ".demo.tune", "tune"),
     "pretrain-demo": (PretrainConfig, ".demo.pretrain", "pretrain"),
 }
 """Command -> its configuration, and the module and function that carry it out.

@@ -10,6 +10,12 @@ def _require_count(name: str, value: int) -> None:
     require(value >= 1, name, value, "an integer of 1 or more", "ask for at least one")
 
 
+def _require_seeds(seeds: tuple[int, ...]) -> None:
+    _require_count("--seeds", len(seeds))
+    distinct = len(set(seeds)) == len(seeds) and min(seeds) >= 0
+    require(distinct, "--seeds", seeds, "different integers from 0", "change them")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
     """Compare linear probe, VPT-deep and TCPA on 1,797 handwritten digits, in about two minutes."""
@@ -18,7 +24,7 @@ class DemoConfig:
     """Folder for metrics, figures and the TCPA adapter; an earlier demo in it is replaced."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One run of every method per seed; a seed decides split, initial values and order."""
+    """One run of every method per seed; a seed decides initial values and order of the images."""
 
     epochs: int = 20
     """Passes over the training images."""
@@ -31,9 +37,37 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         _require_count("--epochs", self.epochs)
-        _require_count("--seeds", len(self.seeds))
-        distinct = len(set(self.seeds)) == len(self.seeds) and min(self.seeds) >= 0
-        require(distinct, "--seeds", self.seeds, "different integers from 0", "change them")
+        _require_seeds(self.seeds)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuneConfig:
+    """Choose the demo's learning rates: the same grid for every method, on validation images.
+
+    The test images are not used. About ten minutes on two CPU cores.
+    """
+
+    output: Path = Path("learning_rates.json")
+    """File to write: accuracies of the whole grid, and the best rate of every method."""
+
+    grid: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    """Learning rates to try, peaks of the schedule."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One run of every method and learning rate per seed; the best mean accuracy decides."""
+
+    epochs: int = 20
+    """Passes over the training images, as in the demo."""
+
+    device: str = "auto"
+    """Where to train: auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+
+    def __post_init__(self) -> None:
+        _require_count("--epochs", self.epochs)
+        _require_seeds(self.seeds)
+        _require_count("--grid", len(self.grid))
+        usable = len(set(self.grid)) == len(self.grid) and 0 < min(self.grid) <= max(self.grid) < 10
+        require(usable, "--grid", self.grid, "different numbers between 0 and 10", "change them")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,6 +32,21 @@ def prepare_output(folder: Path, header: dict) -> Path:
     return metrics
 
 
+def require_writable(path: Path) -> None:
+    """Refuse, before minutes of training, a file that could not be written after them."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = path.exists()
+        path.open("ab").close()
+        if not known:
+            path.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"--output: got {path}, expected a file that can be written ({error.strerror}); "
+            "choose another name"
+        ) from None
+
+
 def append_line(metrics: Path, record: dict) -> None:
     """Append one JSON object to the metrics."""
     with metrics.open("a", encoding="utf-8") as file:

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..usage import UsageError
 from .backbone import autocast, build_backbone, fast_dtype, normalise, save_backbone
 from .config import PretrainConfig
 from .generate import FAMILIES, NUM_CLASSES, generate
+from .output import require_writable
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -76,7 +76,7 @@ def accuracy(vit: nn.Module, images: Tensor, labels: Tensor) -> float:
 def pretrain(config: PretrainConfig) -> Path:
     """Draw the images, train the ViT on the CPU, write the weights, return their path."""
     start = time.perf_counter()
-    _require_writable(config.output)
+    require_writable(config.output)
     images, labels = map(torch.from_numpy, generate(config.images_per_class, seed=config.seed))
     held_out = tuple(map(torch.from_numpy, generate(16, seed=config.seed, split=1)))
     families = ", ".join(f"{len(draws)} {name}" for name, draws in FAMILIES.items())
@@ -109,21 +109,6 @@ def pretrain(config: PretrainConfig) -> Path:
     save_backbone(vit, config.output, _metadata(config, held, time.perf_counter() - start))
     print(f"wrote {config.output} ({config.output.stat().st_size / 1e6:.1f} MB)")
     return config.output
-
-
-def _require_writable(path: Path) -> None:
-    """Refuse, before minutes of training, a file that could not be written after them."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        known = path.exists()
-        path.open("ab").close()
-        if not known:
-            path.unlink()
-    except OSError as error:
-        raise UsageError(
-            f"--output: got {path}, expected a file that can be written ({error.strerror}); "
-            "choose another name"
-        ) from None
 
 
 def _metadata(config: PretrainConfig, held_out: float, seconds: float) -> dict[str, str]:

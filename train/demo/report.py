@@ -39,9 +39,9 @@ class Row:
 class Reporter:
     """Shows every epoch: a bar in a terminal, one plain line a run otherwise."""
 
-    def __init__(self, total_epochs: int, epochs: int) -> None:
+    def __init__(self, total_epochs: int, epochs: int, measured_on: str = "test") -> None:
         self.console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
-        self._epochs = epochs
+        self._epochs, self._measured_on = epochs, measured_on
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -68,7 +68,7 @@ class Reporter:
         if record.epoch == self._epochs:
             self.console.print(
                 f"{name:<24} loss {record.loss:.3f}  train {record.train_accuracy:5.1f} %  "
-                f"test {record.test_accuracy:5.1f} %  {record.seconds:.2f} s/epoch"
+                f"{self._measured_on} {record.test_accuracy:5.1f} %  {record.seconds:.2f} s/epoch"
             )
 
 

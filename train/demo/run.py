@@ -2,8 +2,10 @@
 
     python -m tcpa.train demo
 
-All methods share split, order of the images, optimiser, schedule, epochs and batch size; VPT-deep
-and TCPA have the same number of prompt rows. Accuracies are those after the last epoch.
+All methods share images, their order, optimiser, schedule, epochs and batch size; VPT-deep and TCPA
+have the same number of prompt rows. Learning rates are those that `tune-demo` found best, for each
+method on the same grid, on a validation part of the training images. Accuracies are those after the
+last epoch.
 """
 
 import time
@@ -15,13 +17,13 @@ import torch
 import tcpa
 
 from ..usage import UsageError
-from .backbone import autocast, fast_dtype, load_backbone, normalise
+from .backbone import autocast, fast_dtype, load_backbone, normalise, pretraining_epochs
 from .config import DemoConfig
 from .engine import BATCH_SIZE, WEIGHT_DECAY, Epoch, Split, predict, seconds_per_epoch
 from .figures import draw_curves, draw_selection
 from .output import append_line, prepare_output
 from .report import Reporter, Row, table, verdict
-from .tasks import METHODS, PROMPT_ROWS, Outcome, Task, make_split, run_tasks
+from .tasks import PROMPT_ROWS, Outcome, Task, chosen_methods, run_tasks, split_on
 
 ADAPTER = "tcpa_adapter"
 WRITTEN = f"metrics.jsonl, curves.png, selection.png and {ADAPTER}"
@@ -33,9 +35,9 @@ def run_demo(config: DemoConfig) -> list[Row]:
         config = replace(config, seeds=config.seeds[:1], epochs=2)
     start = time.perf_counter()
     device = choose_device(config.device)
-    metrics = prepare_output(config.output, _header(config, device))
-    records: list[Epoch] = []
     tasks = make_tasks(config, device)
+    metrics = prepare_output(config.output, _header(config, device, tasks))
+    records: list[Epoch] = []
     with Reporter(len(tasks) * config.epochs, config.epochs) as reporter:
 
         def on_epoch(record: Epoch) -> None:
@@ -44,7 +46,7 @@ def run_demo(config: DemoConfig) -> list[Row]:
             reporter.epoch(record)
 
         outcomes = run_tasks(tasks, on_epoch)
-    split = make_split(config.seeds[-1], device, quick=config.quick)
+    split = split_on(device, tasks[0].part)
     # Runs end in any order; pictures and table go by method and seed.
     names = _names(tasks)
     records.sort(key=lambda r: (names.index(r.method), config.seeds.index(r.seed), r.epoch))
@@ -55,7 +57,7 @@ def run_demo(config: DemoConfig) -> list[Row]:
         append_line(metrics, {"kind": "summary", **asdict(row), "mean": row.mean})
     reporter.console.print(table(rows))
     precision = f"{fast_dtype(device)} on {device}".removeprefix("torch.")
-    for line in _notes(config, rows, split, precision):
+    for line in _notes(config, tasks, rows, split, precision):
         reporter.console.print(line)
     seconds = time.perf_counter() - start
     reporter.console.print(f"{seconds:.0f} s in total; {config.output} holds {WRITTEN}.")
@@ -64,17 +66,18 @@ def run_demo(config: DemoConfig) -> list[Row]:
 
 def make_tasks(config: DemoConfig, device: torch.device) -> list[Task]:
     """List the runs: every seed with every method; the last TCPA run keeps its adapter."""
-    last = (METHODS[-1], config.seeds[-1])
+    methods, part = chosen_methods(), "quick" if config.quick else "test"
+    last = (methods[-1], config.seeds[-1])
     return [
         Task(
             method=method,
             seed=seed,
             epochs=config.epochs,
             device=device,
-            quick=config.quick,
+            part=part,
             save_to=config.output / ADAPTER if (method, seed) == last else None,
         )
-        for method in METHODS
+        for method in methods
         for seed in config.seeds
     ]
 
@@ -135,19 +138,27 @@ def _summarise(name: str, tasks: list[Task], outcomes: list[Outcome], records: l
     )
 
 
-def _notes(config: DemoConfig, rows: list[Row], split: Split, precision: str) -> list[str]:
+def _notes(
+    config: DemoConfig, tasks: list[Task], rows: list[Row], split: Split, precision: str
+) -> list[str]:
     """Say under the table what was compared, what computed it and how TCPA fared."""
     seeds = ", ".join(map(str, config.seeds))
+    rates = {task.method.name: task.method.learning_rate for task in tasks}
     return [
         f"{len(split.train_labels)} training and {len(split.test_labels):,} test images, seeds "
         f"{seeds}; accuracy on the test images after epoch {config.epochs}.",
         f"{PROMPT_ROWS} prompt rows a block for VPT-deep and TCPA. {precision}.",
+        "Learning rates, each the best of one grid on validation images: "
+        + ", ".join(f"{name} {rate}" for name, rate in rates.items())
+        + ".",
+        f"The backbone was pretrained for only {pretraining_epochs()} epochs, which leaves the "
+        "prompts something to adapt.",
         f"Implementation: {rows[-1].implementation} ({rows[-1].reason}).",
         *verdict(rows),
     ]
 
 
-def _header(config: DemoConfig, device: torch.device) -> dict:
+def _header(config: DemoConfig, device: torch.device, tasks: list[Task]) -> dict:
     """Describe the run for the first line of the metrics."""
     return {
         "seeds": config.seeds,
@@ -155,7 +166,7 @@ def _header(config: DemoConfig, device: torch.device) -> dict:
         "quick": config.quick,
         "batch_size": BATCH_SIZE,
         "weight_decay": WEIGHT_DECAY,
-        "methods": [asdict(method) for method in METHODS],
+        "methods": list({task.method.name: asdict(task.method) for task in tasks}.values()),
         "device": str(device),
         "precision": str(fast_dtype(device)),
         "versions": {"tcpa": tcpa.__version__, "torch": torch.__version__},
