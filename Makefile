@@ -1,11 +1,11 @@
-# The three commands of the project; each makes .venv and installs what it needs when absent.
+# The commands of the project; each makes .venv and installs what it needs when absent.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 TYPECHECK := build/typecheck/tcpa
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu clean
 .DEFAULT_GOAL := test
 
 $(STAMP): setup.py pyproject.toml
@@ -29,6 +29,12 @@ lint: $(STAMP)
 	ln -s $(CURDIR)/tcpa/*.py $(TYPECHECK)/
 	ln -s $(CURDIR)/kernels $(CURDIR)/train $(CURDIR)/bench $(TYPECHECK)/
 	$(VENV)/bin/pyright
+
+# What only a machine with a GPU can show: tests, golden files through the kernels, launches.
+gpu: $(STAMP)
+	$(PY) -m pytest -m gpu
+	$(PY) -m tcpa.verify --impl triton --device cuda --dtype float32 tests/golden/*.npz
+	$(PY) -m tcpa.bench tune
 
 clean:
 	rm -rf build demo_output .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -39,7 +39,10 @@ setup(
     python_requires=">=3.11",
     packages=list(packages()),
     package_dir=packages(),
-    package_data={"tcpa.train.demo": ["*.safetensors", "*.json"]},
+    package_data={
+        "tcpa.train.demo": ["*.safetensors", "*.json"],
+        "tcpa.kernels": ["launches/*.json"],
+    },
     install_requires=[
         "torch>=2.11",
         "triton; platform_system=='Linux'",

@@ -6,6 +6,7 @@ import sys
 COMMANDS = {
     "static": "compile the kernels offline; registers, spills, memory, lower bounds of the time",
     "step": "one training step, the official algorithm against this library",
+    "tune": "measure launches of the kernels on this GPU and write the launch table",
 }
 """Commands and what they do; each is the module of its name, with `main(argv) -> exit status`."""
 

@@ -25,7 +25,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..kernels.launch import Part, StaticCase, interpreting
+from ..kernels.launch import interpreting
+from ..kernels.static_case import Part, StaticCase
 from .sass import PROCESSORS, pipe_cycles, programs_per_processor, read_cubin
 
 MODULES = ("gated_attention_cases", "match_cases")

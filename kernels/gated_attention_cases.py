@@ -11,7 +11,8 @@ from .common import precision_of
 from .gated_attention import gated_attention_fwd_kernel
 from .gated_attention_backward import gated_attention_dkv_kernel, gated_attention_dq_kernel
 from .gated_attention_gradients import prompt_sum_kernel
-from .launch import Launch, Part, StaticCase, choose_launch, static_signature
+from .launch import Launch, choose_launch
+from .static_case import Part, StaticCase, static_signature
 
 POINTERS = {
     "p_gate": "*i32",

@@ -1,7 +1,9 @@
 """Launch configurations as data: block sizes, warps and pipeline stages of every kernel.
 
 One row per operation, architecture, dtype class and shape bucket. Nothing is tuned at run time:
-`choose_launch` takes the same row on every run, so results are reproducible to the bit.
+`choose_launch` takes the same row on every run, so results are reproducible to the bit. Rows in
+this file are reasoned from offline compilation; `tcpa-bench tune` measures rows on a device and
+writes them to launches/ARCHITECTURE.json, which go before those here.
 
 An operation names one kernel ("gated_attention_fwd"). A bucket is a word that the operation's host
 code derives from its shapes ("short", "long"). The dtype class is "half" (float16, bfloat16) or
@@ -9,11 +11,15 @@ code derives from its shapes ("short", "long"). The dtype class is "half" (float
 every device without a row of its own; every (operation, dtype class, bucket) has a "default" row.
 """
 
+import contextlib
 import functools
+import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, NoneType
+from typing import Any
 
 import torch
 import triton
@@ -21,7 +27,10 @@ import triton
 _log = logging.getLogger("tcpa.kernels")
 
 DTYPE_CLASSES = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "float"}
+DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 DEFAULT = "default"
+FOLDER = Path(__file__).parent / "launches"
+"""Where the measured launches are, one file per architecture; it may be absent."""
 
 # Read once: `triton.jit` decides at import, and a traced graph cannot call Triton's settings.
 _INTERPRETING = bool(triton.knobs.runtime.interpret)
@@ -46,65 +55,6 @@ class Launch:
         if self.max_registers is not None:
             options["maxnreg"] = self.max_registers
         return options
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """Programs of one kernel that do the same work, for a lower bound of its time."""
-
-    programs: int
-    """How many of them one launch has."""
-    trips: tuple[float, ...]
-    """Mean iterations of every loop, in the order of the machine code."""
-    constants: Mapping[str, object] = field(default_factory=dict)
-    """Values, also of run-time arguments, that leave only this part when compiled in."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StaticCase:
-    """One kernel to compile without a device: what the offline check reports and promises."""
-
-    name: str
-    """Kernel and shape."""
-    kernel: object
-    """The `triton.jit` function."""
-    signature: Mapping[str, str]
-    """Types of all arguments in order ("*bf16", "i32", "fp32", "constexpr")."""
-    constants: Mapping[str, object]
-    """Values of the constexpr arguments, block sizes included."""
-    launch: Launch
-    """Warps, stages and registers."""
-    promised: bool
-    """Whether spills or missing tensor-core instructions are a failure."""
-    tensor_core: bool = True
-    """Whether the kernel multiplies matrices."""
-    parts: tuple[Part, ...] = ()
-    """The work of one launch; no lower bound is given without it."""
-    unaligned: tuple[str, ...] = ()
-    """Strides that are no multiples of 16; all others are, like all pointers."""
-
-
-def static_signature(
-    kernel: object,
-    dtype: torch.dtype,
-    constants: Mapping[str, object],
-    pointers: Mapping[str, str] = MappingProxyType({}),
-) -> dict[str, str]:
-    """Type a kernel's arguments by their names.
-
-    `p_...` points to `dtype` unless `pointers` says otherwise, `scale...` is a float, anything else
-    that is no constant an integer.
-    """
-    element = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-
-    def type_of(name: str) -> str:
-        if name in constants:
-            return "constexpr"
-        if name.startswith("p_"):
-            return pointers.get(name, f"*{element}")
-        return "fp32" if name.startswith("scale") else "i32"
-
-    return {name: type_of(name) for name in kernel.arg_names}
 
 
 Row = tuple[str, str, str, str, Launch]
@@ -200,9 +150,122 @@ def _table() -> Mapping[tuple[str, str, str, str], Launch]:
     return table
 
 
+MeasuredKey = tuple[str, str, str]
+_FIELDS = {
+    "operation": str,
+    "dtype": str,
+    "bucket": str,
+    "blocks": dict,
+    "num_warps": int,
+    "num_stages": int,
+    "max_registers": (int, NoneType),
+    "median_us": (int, float),
+    "previous_us": (int, float, NoneType),
+}
+
+
+def read_measured(path: Path) -> dict[MeasuredKey, dict[str, Any]]:
+    """Return the rows of a file of measured launches by operation, dtype ("bf16") and bucket.
+
+    Raises:
+        ValueError: the file is damaged; the message names it, the field and the remedy.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(path, "content", f"no JSON ({error})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
+        raise _damaged(path, "rows", "missing")
+    if content.get("architecture") != path.stem:
+        got = repr(content.get("architecture"))
+        raise _damaged(path, "architecture", f"got {got}, expected {path.stem!r}")
+    found = {}
+    for i, line in enumerate(content["rows"]):
+        bad = _bad_field(line)
+        if bad is not None:
+            raise _damaged(path, f"rows[{i}].{bad[0]}", bad[1])
+        found[line["operation"], line["dtype"], line["bucket"]] = line
+    return found
+
+
+def _damaged(path: Path, name: str, problem: str) -> ValueError:
+    remedy = "delete the file or run `tcpa-bench tune` again"
+    return ValueError(f"{path}: {name}: {problem}; {remedy}")
+
+
+def _bad_field(line: object) -> tuple[str, str] | None:
+    """Return the first field of a measured row that cannot be used, and why."""
+    for name, kinds in _FIELDS.items():
+        if not isinstance(line, dict) or name not in line:
+            return name, "missing"
+        if not isinstance(line[name], kinds):
+            return name, f"got {line[name]!r}"
+    operation, dtype, bucket = line["operation"], line["dtype"], line["bucket"]
+    if operation not in {known for known, *_ in LAUNCHES}:
+        return "operation", f"unknown {operation!r}"
+    classes = {DTYPE_NAMES[known]: name for known, name in DTYPE_CLASSES.items()}
+    if dtype not in classes:
+        return "dtype", f"unknown {dtype!r}"
+    default = _table().get((operation, DEFAULT, classes[dtype], bucket))
+    if default is None:
+        return "bucket", f"unknown {bucket!r} for {operation!r} in {dtype!r}"
+    if line["blocks"].keys() != default.blocks.keys():
+        return "blocks", f"got {sorted(line['blocks'])}, expected {sorted(default.blocks)}"
+    counts = {name: line[name] for name in ("num_warps", "num_stages", "max_registers")}
+    for name, count in {**counts, **line["blocks"]}.items():
+        if count is not None and (not isinstance(count, int) or count < 1):
+            return "blocks" if name in default.blocks else name, f"got {count!r} for {name}"
+    return None
+
+
+@functools.cache
+def _measured(architecture: str) -> Mapping[MeasuredKey, Launch]:
+    """Return the measured launches of an architecture; empty where nobody measured."""
+    rows = read_measured(FOLDER / f"{architecture}.json")
+    return {
+        key: Launch(
+            blocks=MappingProxyType(line["blocks"]),
+            num_warps=line["num_warps"],
+            num_stages=line["num_stages"],
+            max_registers=line["max_registers"],
+        )
+        for key, line in rows.items()
+    }
+
+
+def forget_measured() -> None:
+    """Read the files of measured launches again at the next launch."""
+    _measured.cache_clear()
+    choose_launch.cache_clear()
+
+
+_OVERRIDES: dict[str, Launch] = {}
+
+
+@contextlib.contextmanager
+def override(operation: str, launch: Launch) -> Iterator[None]:
+    """Launch one operation like this, whatever its dtype and bucket, in all threads."""
+    if operation not in {known for known, *_ in LAUNCHES}:
+        raise LookupError(f"launch table: no operation {operation!r} to override")
+    before = dict(_OVERRIDES)
+    _OVERRIDES[operation] = launch
+    choose_launch.cache_clear()
+    try:
+        yield
+    finally:
+        _OVERRIDES.clear()
+        _OVERRIDES.update(before)
+        choose_launch.cache_clear()
+
+
 @functools.cache
 def choose_launch(operation: str, *, architecture: str, dtype: torch.dtype, bucket: str) -> Launch:
     """Return the launch of a kernel; unknown hardware gets the "default" row and one log line.
+
+    A launch in force by `override` comes first, then one measured on this architecture, then rows
+    of this file.
 
     Args:
         operation: name of the kernel in the table.
@@ -212,7 +275,13 @@ def choose_launch(operation: str, *, architecture: str, dtype: torch.dtype, buck
 
     Raises:
         LookupError: the table has no such operation, dtype or bucket.
+        ValueError: the file of measured launches is damaged.
     """
+    if operation in _OVERRIDES:
+        return _OVERRIDES[operation]
+    launch = _measured(architecture).get((operation, DTYPE_NAMES.get(dtype, ""), bucket))
+    if launch is not None:
+        return launch
     table, dtype_class = _table(), DTYPE_CLASSES.get(dtype, str(dtype))
     launch = table.get((operation, architecture, dtype_class, bucket))
     if launch is not None:
@@ -231,7 +300,9 @@ def choose_launch(operation: str, *, architecture: str, dtype: torch.dtype, buck
 def _announce(architecture: str) -> None:
     """Say once per process that an architecture has no rows of its own."""
     known = {name for _, name, _, _, _ in LAUNCHES}
-    if architecture not in known and architecture != "interpreter":
+    if _measured(architecture) or architecture == "interpreter":
+        return
+    if architecture not in known:
         _log.info("no launch table for %s: using the default launches", architecture)
 
 
@@ -252,13 +323,15 @@ def interpreting() -> bool:
 
 
 __all__ = [
+    "DTYPE_NAMES",
+    "FOLDER",
     "LAUNCHES",
     "Launch",
-    "Part",
-    "StaticCase",
     "architecture_of",
     "choose_launch",
+    "forget_measured",
     "interpreting",
+    "override",
+    "read_measured",
     "row",
-    "static_signature",
 ]

@@ -7,11 +7,12 @@ from types import MappingProxyType
 import torch
 import triton
 
-from .launch import Launch, Part, StaticCase, choose_launch, static_signature
+from .launch import Launch, choose_launch
 from .match_backward import match_prompts_dx_kernel
 from .match_forward import match_prompts_fwd_kernel
 from .match_keys import match_prompts_dkeys_kernel
 from .matching import bucket_of
+from .static_case import Part, StaticCase, static_signature
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

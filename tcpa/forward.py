@@ -9,7 +9,7 @@ Axes: B batch, L tokens, P prompt rows, S = L + P keys, H heads, D head dim, C w
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,7 @@ def run_block(
     Returns:
         `[B, rows or L, C]`.
     """
-    normed = block.norm1(x) if normed is None else normed
+    normed = cast(Tensor, block.norm1(x)) if normed is None else normed
     if prompts is not None and not settings.savings.prompt_keys_only:
         projected = _project_joined(block, normed, prompts, value_affine)
     else:

@@ -268,12 +268,13 @@ class PromptedViT(nn.Module):
         rows: int | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Match, add noise and run one block; return its tokens, match distance and gate."""
-        config, normed = self.config, None
-        noisy = isinstance(config, TCPAConfig) and config.token_noise > 0 and self.training
-        norm = None if noisy else blocks.frozen_layer_norm(self.backbone.blocks[index])
+        config = self.config
+        noise = config.token_noise if isinstance(config, TCPAConfig) and self.training else 0.0
+        # Noise comes between matching and norm.
+        norm = None if noise > 0 else blocks.frozen_layer_norm(self.backbone.blocks[index])
         gate, distance, normed = self._match(index, x, norm)
-        if noisy:
-            x = x + config.token_noise * torch.randn_like(x)
+        if noise > 0:
+            x = x + noise * torch.randn_like(x)
         settings = BlockSettings(
             patches=slice(self.backbone.num_prefix_tokens, num_tokens),
             normalize_over=config.normalize_over if isinstance(config, TCPAConfig) else "all",

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tcpa.train.__main__ import main
-from tcpa.train.demo import run
+from tcpa.train.demo import probe, run
 from tcpa.train.demo.backbone import load_backbone
 from tcpa.train.demo.config import DemoConfig
 from tcpa.train.demo.data import load_digits, make_split
@@ -111,6 +111,22 @@ def test_learning_rates_are_the_best_of_the_recorded_grid() -> None:
     assert {m.name: m.learning_rate for m in chosen_methods()} == record["chosen"]
 
 
+def test_converged_probe_is_the_best_penalty_of_validation(monkeypatch) -> None:
+    asked = []
+
+    def measure(part, strength):
+        asked.append((part, strength))
+        return {0.1: 90.0, 10.0: 92.0}.get(strength, 50.0)
+
+    monkeypatch.setattr(probe, "_fit_and_measure", measure)
+    assert probe.converged_probe("test") == 92.0
+    assert asked == [("validation", s) for s in probe.STRENGTHS] + [("test", 10.0)]
+
+
+def test_converged_probe_reads_digits() -> None:
+    assert probe._fit_and_measure("quick", 1.0) > 60
+
+
 def test_a_tie_goes_to_the_smaller_rate() -> None:
     assert best_rate({0.1: 88.0, 0.03: 88.0, 0.01: 87.0}) == 0.03
     assert best_rate({0.1: 88.5, 0.03: 88.0}) == 0.1
@@ -194,7 +210,8 @@ def test_rows_tell_accuracy_size_and_implementation(finished) -> None:
 
 def test_metrics_hold_config_epochs_and_summary(finished) -> None:
     _, rows, lines = finished
-    assert [line["kind"] for line in lines] == ["config"] + ["epoch"] * 6 + ["summary"] * 3
+    kinds = [line["kind"] for line in lines]
+    assert kinds == ["config"] + ["epoch"] * 6 + ["summary"] * 3 + ["converged probe"]
     assert lines[0]["program"] == "tcpa demo"
     assert lines[0]["epochs"] == 2
     assert lines[0]["seeds"] == [0]
@@ -202,7 +219,7 @@ def test_metrics_hold_config_epochs_and_summary(finished) -> None:
     assert [line["epoch"] for line in epochs] == [1, 2] * 3
     assert all(line["loss"] > 0 for line in epochs)
     last = [line["test_accuracy"] for line in epochs if line["epoch"] == 2]
-    assert last == [row.mean for row in rows] == [line["mean"] for line in lines[7:]]
+    assert last == [row.mean for row in rows] == [line["mean"] for line in lines[7:10]]
 
 
 def test_saved_adapter_gives_the_reported_accuracy(finished) -> None:

@@ -8,6 +8,10 @@ float32 and float16 are tested here, bfloat16 on a GPU.
 """
 
 import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -449,3 +453,11 @@ class TestOnGpu:
         assert torch.equal(out[-1:], expected)
         for mine, truth in zip(grads, expected_grads, strict=False):
             assert torch.equal(mine[-1:], truth)
+
+    @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
+    @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+    def test_compute_sanitizer_finds_nothing(self, tool):
+        program = [sys.executable, str(Path(__file__).with_name("sanitize_kernels.py"))]
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *program]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

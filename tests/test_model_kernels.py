@@ -6,6 +6,7 @@ Here the kernels run in Triton's interpreter, on a GPU where there is one.
 import dataclasses
 
 import pytest
+import sanitize_kernels
 import torch
 import torch.nn.functional as F
 from models import ARCHITECTURES
@@ -315,3 +316,67 @@ def test_bad_arguments_of_norm_match_are_named(change, kind, message):
     arguments = {"x": x, "weight": None, "bias": None, "eps": 1e-6, **TOP_K} | change
     with pytest.raises(kind, match=message):
         norm_match(cls_keys=cls_keys, image_keys=image_keys, **arguments)
+
+
+@needs_kernels
+def test_trains_inside_distributed_data_parallel(tmp_path):
+    backend = "nccl" if GPU else "gloo"
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        images = TINY.images(2)
+        expected = step(make_model(), images)
+        model = make_model()
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        torch.manual_seed(4)
+        logits, distance = parallel(images.to(DEVICE), return_distance=True)
+        labels = torch.arange(2, device=DEVICE)
+        (F.cross_entropy(logits, labels) + 0.3 * distance).backward()
+        for name, parameter in model.trainable_named_parameters().items():
+            torch.testing.assert_close(parameter.grad, expected[2][name], msg=name)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@needs_kernels
+def test_every_kernel_runs_on_awkward_shapes():
+    sanitize_kernels.main()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_choose_the_device():
+    second = torch.device("cuda:1")
+    x, *keys = (tensor.to(second) for tensor in matching_inputs())
+    gate, distance = match_prompts(x, *keys, **TOP_K, impl="triton")
+    expected = match_prompts(x, *keys, **TOP_K, impl="reference")
+    assert gate.device == distance.device == second
+    assert torch.equal(gate, expected[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_a_step_is_captured_in_a_cuda_graph():
+    model, images = make_model(), TINY.images(2).to(DEVICE)
+    labels = torch.arange(2, device=DEVICE)
+
+    def run():
+        logits, distance = model(images, return_distance=True)
+        (F.cross_entropy(logits, labels) + 0.3 * distance).backward()
+        return logits
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model.zero_grad()
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    expected = {n: p.grad.clone() for n, p in model.trainable_named_parameters().items()}
+    model.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    for name, parameter in model.trainable_named_parameters().items():
+        assert torch.equal(parameter.grad, expected[name]), name

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 from tcpa.bench import sass, static
-from tcpa.kernels.launch import Launch, StaticCase
+from tcpa.kernels.launch import Launch
+from tcpa.kernels.static_case import StaticCase
 
 FWD = "gated_attention_fwd/vit_b16_224"
 

@@ -1,10 +1,8 @@
 """The demo's Vision Transformer: its architecture, its shipped weights and its precision."""
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -47,12 +45,6 @@ def load_backbone(path: Path = WEIGHTS) -> VisionTransformer:
     vit = build_backbone()
     vit.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return vit.eval()
-
-
-def pretraining_epochs(path: Path = WEIGHTS) -> int:
-    """Return for how many epochs the weights at `path` were trained, from the file's header."""
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["recipe"])["epochs"]
 
 
 def save_backbone(vit: nn.Module, path: Path, metadata: dict[str, str]) -> None:

@@ -15,8 +15,9 @@ FIRST_PER_CLASS = {"test": TRAIN_PER_CLASS, "validation": 80, "quick": 10}
 def load_digits() -> tuple[Tensor, Tensor]:
     """Return the 1,797 digits: images float32 `[1797, 1, 32, 32]` in [-1, 1], labels int64.
 
-    They come with scikit-learn (8 x 8 pixels, 17 amounts of ink), are drawn as dark ink on light
-    paper and enlarged bilinearly. Nothing is downloaded.
+    They come with scikit-learn (8 x 8 pixels, 17 amounts of ink) and are enlarged bilinearly, dark
+    ink on light paper: the backbone, pretrained on bright figures on a dark ground, has to adapt.
+    Nothing is downloaded.
     """
     from sklearn.datasets import load_digits as load
 

@@ -17,11 +17,12 @@ import torch
 import tcpa
 
 from ..usage import UsageError
-from .backbone import autocast, fast_dtype, load_backbone, normalise, pretraining_epochs
+from .backbone import autocast, fast_dtype, load_backbone, normalise
 from .config import DemoConfig
 from .engine import BATCH_SIZE, WEIGHT_DECAY, Epoch, Split, predict, seconds_per_epoch
 from .figures import draw_curves, draw_selection
 from .output import append_line, prepare_output
+from .probe import converged_probe
 from .report import Reporter, Row, table, verdict
 from .tasks import PROMPT_ROWS, Outcome, Task, chosen_methods, run_tasks, split_on
 
@@ -57,7 +58,9 @@ def run_demo(config: DemoConfig) -> list[Row]:
         append_line(metrics, {"kind": "summary", **asdict(row), "mean": row.mean})
     reporter.console.print(table(rows))
     precision = f"{fast_dtype(device)} on {device}".removeprefix("torch.")
-    for line in _notes(config, tasks, rows, split, precision):
+    fitted = converged_probe(tasks[0].part)
+    append_line(metrics, {"kind": "converged probe", "accuracy": fitted})
+    for line in _notes(config, tasks, rows, split, precision, fitted):
         reporter.console.print(line)
     seconds = time.perf_counter() - start
     reporter.console.print(f"{seconds:.0f} s in total; {config.output} holds {WRITTEN}.")
@@ -139,7 +142,12 @@ def _summarise(name: str, tasks: list[Task], outcomes: list[Outcome], records: l
 
 
 def _notes(
-    config: DemoConfig, tasks: list[Task], rows: list[Row], split: Split, precision: str
+    config: DemoConfig,
+    tasks: list[Task],
+    rows: list[Row],
+    split: Split,
+    precision: str,
+    fitted: float,
 ) -> list[str]:
     """Say under the table what was compared, what computed it and how TCPA fared."""
     seeds = ", ".join(map(str, config.seeds))
@@ -151,9 +159,8 @@ def _notes(
         "Learning rates, each the best of one grid on validation images: "
         + ", ".join(f"{name} {rate}" for name, rate in rates.items())
         + ".",
-        f"The backbone was pretrained for only {pretraining_epochs()} epochs, which leaves the "
-        "prompts something to adapt.",
         f"Implementation: {rows[-1].implementation} ({rows[-1].reason}).",
+        f"Logistic regression on the frozen features, fitted to convergence: {fitted:.1f} %.",
         *verdict(rows),
     ]
 
