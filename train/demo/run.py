@@ -160,8 +160,10 @@ def _notes(
         + ", ".join(f"{name} {rate}" for name, rate in rates.items())
         + ".",
         f"Implementation: {rows[-1].implementation} ({rows[-1].reason}).",
-        f"Logistic regression on the frozen features, fitted to convergence: {fitted:.1f} %.",
         *verdict(rows),
+        f"Logistic regression on the frozen features, fitted to convergence, reads {fitted:.1f} %: "
+        f"{rows[-1].mean - fitted:+.1f} points for TCPA.",
+        *(["--quick: the figures mean nothing."] if config.quick else []),
     ]
 
 
