@@ -10,6 +10,10 @@ The S = P + L keys are one sequence in two places: first the P prompts, then the
 only the first blocks of keys need the gate. A remainder of at most 16 queries (197 = 3 * 64 + 5,
 577 = 9 * 64 + 1) is attended in a block of 16 rows instead of a whole one.
 
+A softmax over whole rows, all 233 keys of ViT-B in one block of 256, was tried and not kept: for
+sm_90 it spills (64 queries: 74 stores with 4 warps, 5 with 8; 128 queries: 28) and its lower bound,
+71 us at B = 128, is above the 54 us of blocks of 64 keys.
+
 Axes: B batch, H heads, L tokens, P prompt rows, S = P + L keys, D head dim, W gate words.
 In kernels: M queries of a block, N keys of a block; i_ index, o_ offsets, m_ mask, p_ pointers, b_
 block in registers.

@@ -50,6 +50,10 @@ def fourier_transform(prompts: Tensor, dims: tuple[int, ...] = (-2, -1)) -> Tens
     Returns:
         `[..., P, C]` of the same dtype.
 
+    Cost:
+        12 blocks of 36 x 768 take 0.95 ms with torch.fft on one CPU core, against 9.8 ms as two
+        products with cosine and sine matrices (medians of 30, interleaved); hence torch.fft.
+
     Source:
         VFPT (NeurIPS 2024); the official TCPA code transforms both pools jointly.
     """
