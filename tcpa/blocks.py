@@ -42,6 +42,13 @@ def unsupported_reason(model: nn.Module) -> str | None:
         attention = type(block.attn)
         if attention not in (Attention, AttentionRope, EvaAttention):
             return f"blocks.{index}.attn is a {attention.__name__}, whose attention is not covered"
+        for name in ("qkv", "q_proj", "k_proj", "v_proj"):
+            layer = getattr(block.attn, name, None)
+            if layer is not None and type(layer) is not nn.Linear:
+                return (
+                    f"blocks.{index}.attn.{name} is a {type(layer).__name__}; its weight is read "
+                    "directly, so only a plain nn.Linear is covered (merge adapters first)"
+                )
         if getattr(block.attn, "num_kv_groups", 1) != 1:
             return f"blocks.{index}.attn shares keys between heads (grouped-query attention)"
     return None

@@ -166,7 +166,10 @@ def gated_attention(
     options = {"scale": scale, "normalize_over": normalize_over}
     if name == "triton":
         return kernels.gated_attention(q, k, v, k_prompt, v_prompt, gate, **options)
-    if name == "sdpa" or (impl == "auto" and q.device.type != "cpu" and gate is None):
+    if q.numel() == 0 or k.numel() == 0:
+        # PyTorch's fused attention divides by these sizes.
+        attend = gated_attention_reference
+    elif name == "sdpa" or (impl == "auto" and q.device.type != "cpu" and gate is None):
         # Without a gate PyTorch's own attention computes the same, on any device.
         attend = sdpa.gated_attention_sdpa
     else:

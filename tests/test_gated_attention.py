@@ -220,3 +220,16 @@ def test_bad_gates_and_options_are_refused_by_name():
         gated_attention(*tensors, gate, normalize_over="al")
     with pytest.raises(ValueError, match=r"scale: got -1\.0, expected a finite number >= 0"):
         gated_attention(*tensors, gate, scale=-1.0)
+
+
+@pytest.mark.parametrize("normalize_over", ["all", "visible"])
+@pytest.mark.parametrize(("queries", "tokens"), [(5, 0), (0, 5)])
+def test_no_token_or_no_query(queries, tokens, normalize_over):
+    q, k = torch.randn(2, queries, 2, 16), torch.randn(2, tokens, 2, 16)
+    prompts = torch.randn(6, 2, 16)
+    gate = pack_gate(torch.ones(2, queries, 6, dtype=torch.bool))
+    inputs = (q, k, k, prompts, prompts, gate)
+    expected = gated_attention_reference(*inputs, normalize_over=normalize_over)
+    for impl in ("auto", "sdpa"):
+        found = gated_attention(*inputs, normalize_over=normalize_over, impl=impl)
+        torch.testing.assert_close(found, expected)

@@ -411,3 +411,13 @@ def test_selection_needs_pools_and_epochs_are_counted_from_zero():
     with pytest.raises(ValueError, match="epoch: got -1, expected an integer >= 0"):
         model.set_epoch(-1)
     assert isinstance(model.backbone, nn.Module)
+
+
+def test_a_projection_that_is_no_plain_linear_layer_is_refused():
+    class Adapted(nn.Linear):
+        pass
+
+    backbone = TINY.create()
+    backbone.blocks[1].attn.qkv = Adapted(192, 576)
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn\.qkv is a Adapted.*merge adapters"):
+        wrap(backbone, QUIET)
