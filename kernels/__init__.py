@@ -19,6 +19,11 @@ except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != "triton":
         raise
     _missing = True
+
+    def _nothing_fits(*_: torch.Tensor) -> bool:
+        return False
+
+    attention_fits = matching_fits = _nothing_fits
 else:
     _missing = False
 

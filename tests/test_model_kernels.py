@@ -4,6 +4,8 @@ Here the kernels run in Triton's interpreter, on a GPU where there is one.
 """
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import sanitize_kernels
@@ -380,3 +382,19 @@ def test_a_step_is_captured_in_a_cuda_graph():
     graph.replay()
     for name, parameter in model.trainable_named_parameters().items():
         assert torch.equal(parameter.grad, expected[name]), name
+
+
+def test_everything_but_the_kernels_works_without_triton():
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch, tcpa
+x, keys = torch.randn(2, 5, 8), torch.randn(3, 8)
+tcpa.match_prompts(x, keys, keys, cls_top_k=1, image_top_k=1)
+tcpa.norm_match(x, None, None, 1e-6, keys, keys, cls_top_k=1, image_top_k=1)
+q = torch.randn(2, 5, 2, 16)
+tcpa.gated_attention(q, q, q, q[0], q[0], None)
+assert tcpa.choose_impl("auto", torch.device("cuda"))[0] == "reference"
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
