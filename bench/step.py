@@ -1,227 +1,306 @@
-"""One training step: the official algorithm against this library, interleaved in one run.
+"""One step of training or evaluation: every way to compute it, interleaved in one run.
 
-Usage: tcpa-bench step [--model NAME] [--dataset NAME] [--batch N] [--dtype NAME] [--rounds N]
+Usage: tcpa-bench step [--device cpu] [--mode train] [--precision float32] [--provider TEXT ...]
 
-Units: time in milliseconds a step (median and quartiles over the rounds), peak memory in MiB of
-resident set of a process that runs nothing else, interpreter and weights included.
+Milliseconds a step are medians with their 20th and 80th percentile; images/s follow from them. Peak
+memory is that of a process that runs nothing else: resident set with interpreter and weights on a
+CPU, what the allocator held on a GPU.
 
-Every provider lives in a process of its own, so that its peak memory is its own; the rounds go
-through the providers in turn, so that a noisy machine disturbs all of them alike. No figure is
-printed for a provider whose loss and gradients differ from the official algorithm's.
+Every provider lives in a process of its own; the rounds go through the providers in turn, so that a
+noisy machine disturbs all of them alike. No figure is printed for a provider whose loss and
+gradients differ from the plain form of its method, computed by the reference. When a provider fails
+or the run is interrupted, the figures of the rounds before are printed.
+
+Exit status 1: a provider computes something else. 2: it cannot be measured.
 """
 
 import argparse
-import dataclasses
-import json
 import math
-import multiprocessing as mp
-import platform
-import resource
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 
-from tcpa import HTA_DATASETS, Savings, TCPAConfig, wrap
+from tcpa import HTA_DATASETS, Savings
 
-PROVIDERS: dict[str, Savings] = {
-    "official": Savings.none(),
-    "official, frozen": dataclasses.replace(Savings.none(), frozen_backbone=True),
-    "tcpa": Savings(),
-}
-"""Forms of the same computation; `Savings.none()` is the official algorithm as it stands."""
+from ..cli import UsageError, command
+from .results import Provenance, Results, Row, provenance
+from .step_providers import StepCase, StepProvider, providers
+from .step_worker import Answer, Worker
+from .timing import Quantiles
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float64": 1e-9}
-NUM_CLASSES = 200
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepCase:
-    """What one step computes."""
-
-    model: str = "vit_base_patch16_224"
-    """timm name of the backbone; weights are random."""
-
-    dataset: str = "cub"
-    """Whose official settings to use, without the image prompt."""
-
-    batch: int = 8
-    """Images a step."""
-
-    dtype: str = "float32"
-    """Precision; bfloat16 means autocast over float32 weights."""
-
-    threads: int = 0
-    """CPU threads; 0 leaves torch's default."""
+FLOOR = {"float64": 1e-9, "float32": 1e-3, "autocast": 1e-3, "bfloat16": 1e-3}
+"""Relative error that a precision may always have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
     """What was measured for one provider."""
 
-    provider: str
-    milliseconds: list[float]
-    peak_mib: float
-    loss: float
-    gradient_error: float
+    provider: StepProvider
+    seconds: list[float]
+    peak_bytes: float
+    error: float
+    trained: int
+    kinds: dict[str, float] = field(default_factory=dict)
+    """Seconds by kind of kernel, of one profiled step."""
 
 
-def _make_step(case: StepCase, savings: Savings) -> Callable[[], tuple[float, list[torch.Tensor]]]:
-    """Build model and optimiser; return a function that runs one step."""
-    if case.threads:
-        torch.set_num_threads(case.threads)
-    torch.manual_seed(0)
-    exact = torch.float64 if case.dtype == "float64" else torch.float32
-    # Without dropout and random selection all providers compute the same numbers.
-    config = dataclasses.replace(
-        TCPAConfig.official(case.dataset),
-        image_prompt=False,
-        prompt_dropout=0.0,
-        random_selection_epochs=0,
-    )
-    backbone = timm.create_model(case.model).to(exact)
-    model = wrap(backbone, config, num_classes=NUM_CLASSES, savings=savings).to(exact)
-    size = backbone.pretrained_cfg["input_size"]
-    images = torch.randn(case.batch, *size, dtype=exact)
-    labels = torch.randint(0, NUM_CLASSES, (case.batch,))
-    parameters = model.trainable_parameters()
-    # A zero learning rate keeps every step at the same point; AdamW still does its work.
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
-    amp = case.dtype == "bfloat16"
-
-    def step() -> tuple[float, list[torch.Tensor]]:
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            logits, distance = model(images, return_distance=True)
-        loss = F.cross_entropy(logits.float() if amp else logits, labels)
-        (loss + config.match_weight * distance).backward()
-        optimizer.step()
-        return loss.item(), [p.grad for p in parameters if p.grad is not None]
-
-    return step
+class WrongResultError(RuntimeError):
+    """A provider computes something else than its method."""
 
 
-def _serve(connection: Connection, case: StepCase, savings: Savings) -> None:
-    """Run steps on request in a process of its own."""
-    step = _make_step(case, savings)
-    loss, gradients = step()
-    connection.send((loss, [g.numpy() for g in gradients]))
-    while connection.recv():
-        start = time.perf_counter()
-        step()
-        elapsed = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        connection.send((elapsed * 1e3, peak))
+class StoppedError(Exception):
+    """The measurement ended early, for its cause; `results` hold the rounds before."""
+
+    def __init__(self, results: list[StepResult]) -> None:
+        super().__init__(f"ended after {len(results[0].seconds)} rounds")
+        self.results = results
 
 
 def measure(
-    case: StepCase, rounds: int, providers: dict[str, Savings] | None = None
+    case: StepCase, chosen: Sequence[StepProvider], rounds: int, *, kinds: bool = False
 ) -> list[StepResult]:
-    """Measure one training step.
+    """Measure one step.
 
     Args:
         case: what to compute.
+        chosen: the ways to compute it; the first one is the yardstick.
         rounds: timed steps of every provider.
-        providers: name and form of each; the first one is the yardstick.
+        kinds: also profile one step of each.
 
     Returns:
         One result per provider.
 
     Raises:
-        RuntimeError: a provider's loss or gradients differ from the first one's.
+        WrongResultError: a provider's loss or gradients differ from those of its method.
+        UsageError: a provider cannot compute this.
+        StoppedError: it ended early, but not before the first round.
     """
-    providers = providers or PROVIDERS
-    context = mp.get_context("spawn")
-    ends: dict[str, Connection] = {}
-    first: dict[str, Any] = {}
-    processes = []
+    truths = Truths(case)
+    running: list[Worker] = []
+    errors: list[float] = []
+    trained: list[int] = []
     try:
-        for name, savings in providers.items():
-            ends[name], far = context.Pipe()
-            processes.append(context.Process(target=_serve, args=(far, case, savings), daemon=True))
-            processes[-1].start()
-            far.close()
+        for provider in chosen:
+            truths.prepare(provider)
+            running.append(Worker(case, provider))
             # One at a time: two first steps at once would fight for the cores.
-            first[name] = ends[name].recv()
-        errors = _verify(case, first)
-        times: dict[str, list[float]] = {name: [] for name in ends}
-        peaks: dict[str, float] = {}
-        for _ in range(rounds):
-            for name, end in ends.items():
-                end.send(True)
-                elapsed, peaks[name] = end.recv()
-                times[name].append(elapsed)
-        for end in ends.values():
-            end.send(False)
+            answer = running[-1].answer()
+            errors.append(truths.check(provider, answer))
+            trained.append(answer.trained)
+        return _measure_rounds(running, rounds, errors, trained, kinds)
     finally:
-        for process in processes:
-            process.join(timeout=5)
-            process.terminate()
-    return [
-        StepResult(
-            provider=name,
-            milliseconds=times[name],
-            peak_mib=peaks[name],
-            loss=first[name][0],
-            gradient_error=errors[name],
+        for worker in running:
+            worker.stop()
+
+
+class Truths:
+    """What the plain form of every method computes, and how far off plain low precision is."""
+
+    def __init__(self, case: StepCase) -> None:
+        self._case = case
+        self._answers: dict[tuple[str, str], Answer] = {}
+
+    def prepare(self, provider: StepProvider) -> None:
+        """Compute what a provider will be checked against."""
+        for precision in self._precisions(provider):
+            key = provider.method, precision
+            if key not in self._answers:
+                self._answers[key] = self._judge(*key)
+
+    @staticmethod
+    def _precisions(provider: StepProvider) -> tuple[str, ...]:
+        if provider.precision in ("float32", "float64"):
+            return (provider.precision,)
+        return "float32", "autocast"
+
+    def _judge(self, method: str, precision: str) -> Answer:
+        plain = StepProvider(
+            name=f"plain {method}",
+            method=method,
+            precision=precision,
+            savings=Savings.none(),
+            impl="reference",
         )
-        for name in ends
-    ]
+        worker = Worker(self._case, plain, judge=True)
+        try:
+            return worker.answer()
+        finally:
+            worker.stop()
 
+    def check(self, provider: StepProvider, answer: Answer) -> float:
+        """Return a provider's error.
 
-def _verify(case: StepCase, first: dict[str, Any]) -> dict[str, float]:
-    """Return every provider's largest relative gradient error against the first one."""
-    expected_loss, expected = next(iter(first.values()))
-    errors = {}
-    for name, (loss, gradients) in first.items():
-        pairs = zip(gradients, expected, strict=True)
-        found = [float(abs(g - e).max() / max(abs(e).max(), 1e-30)) for g, e in pairs]
-        found.append(abs(loss - expected_loss) / abs(expected_loss))
-        # NaN compares as neither larger nor smaller: it has to be looked for.
-        error = float("nan") if any(map(math.isnan, found)) else max(found)
-        if not error <= TOLERANCE[case.dtype]:
-            raise RuntimeError(
-                f"provider {name!r} differs from the official algorithm by {error:.1e} "
-                f"(allowed {TOLERANCE[case.dtype]:.0e}); no figures of a wrong result"
+        In low precision twice the error of the plain form under autocast is allowed.
+
+        Raises:
+            WrongResultError: it is too large.
+        """
+        exact, *low = (self._answers[provider.method, p] for p in self._precisions(provider))
+        error = largest_error(answer, exact)
+        allowed = FLOOR[provider.precision] + (2 * largest_error(low[0], exact) if low else 0.0)
+        if not error <= allowed:
+            raise WrongResultError(
+                f"provider {provider.name!r} differs from the plain form of its method by "
+                f"{error:.1e} (allowed {allowed:.0e}); no figures of a wrong result"
             )
-        errors[name] = error
-    return errors
+        return error
 
 
-def report(case: StepCase, results: list[StepResult]) -> str:
-    """Return the table that is printed."""
-    size = f"{case.model}, batch {case.batch}, {case.dtype}, {torch.get_num_threads()} threads"
-    rounds = len(results[0].milliseconds)
-    lines = [
-        f"One training step of TCPA ({case.dataset} settings): {size}",
-        f"torch {torch.__version__}, {platform.machine()} CPU, {rounds} rounds",
-        f"{'provider':<18}{'ms (quartiles)':>24}{'speed':>8}{'peak MiB':>10}"
-        f"{'memory':>8}{'error':>9}",
+def largest_error(answer: Answer, exact: Answer) -> float:
+    """Return the largest relative error over loss, logits and gradients, in the Euclidean norm.
+
+    Infinity if something is missing, NaN if something is NaN.
+    """
+    if answer.values.keys() != exact.values.keys():
+        return math.inf
+    errors = [
+        float(np.linalg.norm(answer.values[name] - value) / max(np.linalg.norm(value), 1e-30))
+        for name, value in exact.values.items()
     ]
-    base = results[0]
-    base_ms = statistics.median(base.milliseconds)
+    # NaN compares as neither larger nor smaller: it has to be looked for.
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
+def _measure_rounds(
+    running: list[Worker],
+    rounds: int,
+    errors: list[float],
+    trained: list[int],
+    kinds: bool = False,
+) -> list[StepResult]:
+    """Go through the providers in turn, as often as asked for."""
+    done: list[list[tuple[float, float]]] = []
+    profiles: list[dict[str, float]] = [{} for _ in running]
+
+    def results() -> list[StepResult]:
+        return [
+            StepResult(
+                provider=worker.provider,
+                seconds=[measured[index][0] for measured in done],
+                peak_bytes=done[-1][index][1],
+                error=errors[index],
+                trained=trained[index],
+                kinds=profiles[index],
+            )
+            for index, worker in enumerate(running)
+        ]
+
+    try:
+        for _ in range(rounds):
+            done.append([worker.step() for worker in running])
+        if kinds:
+            profiles = [worker.kinds() for worker in running]
+    except (KeyboardInterrupt, UsageError) as error:
+        if not done:
+            raise
+        raise StoppedError(results()) from error
+    return results()
+
+
+def rows_of(case: StepCase, results: Sequence[StepResult], where: Provenance) -> list[Row]:
+    """Return the rows of a measurement: times, rates, memory, ratios to the first provider."""
+    rows = []
+    base = Quantiles.of(results[0].seconds).p50
     for result in results:
-        ms = statistics.median(result.milliseconds)
-        low, high = min(result.milliseconds), max(result.milliseconds)
-        if len(result.milliseconds) >= 2:
-            low, _, high = statistics.quantiles(result.milliseconds, n=4, method="inclusive")
-        spread = f"{ms:.0f} ({low:.0f}-{high:.0f})"
+        time = Quantiles.of(result.seconds)
+        figures = {
+            ("time", "ms"): time.scaled(1e3),
+            ("rate", "images/s"): time.rate(case.batch),
+            ("peak memory", "MiB"): Quantiles.of([result.peak_bytes / 2**20]),
+            ("speed against the first", "x"): time.rate(base),
+            ("memory against the first", "x"): Quantiles.of(
+                [result.peak_bytes / results[0].peak_bytes]
+            ),
+            ("error", "relative"): Quantiles.of([result.error]),
+        }
+        for kind, seconds in result.kinds.items():
+            figures[f"time of {kind}", "ms"] = Quantiles.of([seconds * 1e3])
+        rows += [
+            Row(
+                command="step",
+                operation="step",
+                shape=f"{case.model}-{case.dataset}-b{case.batch}",
+                dtype=result.provider.precision,
+                mode=case.mode,
+                provider=result.provider.name,
+                metric=metric,
+                unit=unit,
+                p20=figure.p20,
+                p50=figure.p50,
+                p80=figure.p80,
+                samples=figure.samples,
+                provenance=where,
+            )
+            for (metric, unit), figure in figures.items()
+        ]
+    return rows
+
+
+def table(case: StepCase, results: Sequence[StepResult], where: Provenance) -> str:
+    """Return the table that is printed."""
+    width = max(len(result.provider.name) for result in results) + 2
+    lines = [
+        f"One {case.mode} step, {case.model}, {case.dataset} settings, batch {case.batch}",
+        f"{where.device}, torch {where.torch}, {len(results[0].seconds)} rounds, medians (p20-p80)",
+        f"{'provider':<{width}}{'precision':<10}{'ms':>22}{'speed':>8}{'expected':>10}"
+        f"{'images/s':>10}{'peak MiB':>10}{'memory':>8}{'error':>9}",
+    ]
+    base, before = results[0], None
+    for result in results:
+        time = Quantiles.of(result.seconds).scaled(1e3)
+        factor = result.provider.expected.get(case.device.partition(":")[0])
+        wanted = "" if factor is None or before is None else f"{before * factor:.2f}x"
+        speed = Quantiles.of(base.seconds).p50 * 1e3 / time.p50
+        if result.provider.method == "tcpa":
+            before = speed
         lines.append(
-            f"{result.provider:<18}{spread:>24}{base_ms / ms:>7.2f}x{result.peak_mib:>10.0f}"
-            f"{result.peak_mib / base.peak_mib:>7.2f}x{result.gradient_error:>9.0e}"
+            f"{result.provider.name:<{width}}{result.provider.precision:<10}"
+            f"{f'{time.p50:.0f} ({time.p20:.0f}-{time.p80:.0f})':>22}{speed:>7.2f}x{wanted:>10}"
+            f"{1e3 * case.batch / time.p50:>10.1f}{result.peak_bytes / 2**20:>10.0f}"
+            f"{result.peak_bytes / base.peak_bytes:>7.2f}x{result.error:>9.0e}"
         )
-    return "\n".join(lines)
+    lines.append("expected: what the change was thought to bring before it was measured")
+    return "\n".join(lines + kinds_table(results))
 
 
+def kinds_table(results: Sequence[StepResult]) -> list[str]:
+    """Return the lines of the table of times by kind; none without a profile."""
+    kinds = next((list(result.kinds) for result in results if result.kinds), [])
+    if not kinds:
+        return []
+    width = max(len(result.provider.name) for result in results) + 2
+    lines = ["", "ms by kind of kernel, one step under the profiler"]
+    lines.append(f"{'provider':<{width}}" + "".join(f"{kind:>18}" for kind in kinds))
+    for result in results:
+        times = "".join(f"{1e3 * result.kinds[kind]:>18.1f}" for kind in kinds)
+        lines.append(f"{result.provider.name:<{width}}{times}")
+    return lines
+
+
+def choose(available: Sequence[StepProvider], texts: Sequence[str]) -> list[StepProvider]:
+    """Return the providers whose names hold one of the texts; the yardstick is always the first.
+
+    Raises:
+        UsageError: a text fits none.
+    """
+    for text in texts:
+        if not any(text in provider.name for provider in available):
+            names = ", ".join(provider.name for provider in available)
+            raise UsageError(
+                f"--provider: got {text!r}, expected a part of one of {names}; correct it"
+            )
+    first, *rest = available
+    wanted = [p for p in rest if not texts or any(text in p.name for text in texts)]
+    return [first, *wanted]
+
+
+@command("tcpa-bench step")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     default = StepCase()
@@ -229,29 +308,76 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default=default.model, help="timm name of the backbone")
     parser.add_argument("--dataset", default=default.dataset, choices=HTA_DATASETS)
     parser.add_argument("--batch", type=int, default=default.batch, help="images a step")
-    parser.add_argument("--dtype", default=default.dtype, choices=sorted(DTYPES))
+    parser.add_argument("--mode", default=default.mode, choices=("train", "eval"))
+    parser.add_argument(
+        "--precision", default="float32", choices=("float32", "bfloat16", "float64")
+    )
+    parser.add_argument("--device", default=default.device, help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps per provider")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument(
+        "--provider", nargs="+", default=[], metavar="TEXT", help="only those with this in the name"
+    )
+    parser.add_argument("--all", action="store_true", help="compiled forms on a CPU, too")
+    parser.add_argument("--kinds", action="store_true", help="also: time by kind of kernel")
+    parser.add_argument("--results", type=Path, help="file to append the results to, JSON lines")
     options = parser.parse_args(argv)
-    for name in ("batch", "rounds"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}: got {getattr(options, name)}, expected at least 1")
+    for name, least in (("batch", 1), ("rounds", 1), ("threads", 0)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name}: got {getattr(options, name)}, expected at least {least}")
     if not timm.is_model(options.model):
         parser.error(f"--model: timm does not know {options.model!r}; see timm.list_models()")
+    device = usable_device(options.device)
     case = StepCase(
         model=options.model,
         dataset=options.dataset,
         batch=options.batch,
-        dtype=options.dtype,
+        mode=options.mode,
+        device=str(device),
         threads=options.threads,
     )
-    results = measure(case, options.rounds)
-    print(report(case, results))
-    if options.json:
-        rows = {"case": dataclasses.asdict(case), "results": list(map(dataclasses.asdict, results))}
-        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    chosen = choose(providers(options.precision, device.type), options.provider)
+    if device.type == "cpu" and not options.all and not options.provider:
+        chosen = [p for p in chosen if not p.compiled and not p.folded]
+    results = Results(options.results)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    where = provenance(device)
+    try:
+        found = measure(case, chosen, options.rounds, kinds=options.kinds)
+    except WrongResultError as error:
+        print(f"tcpa-bench step: {error}", file=sys.stderr)
+        return 1
+    except StoppedError as stopped:
+        _hand_out(case, stopped.results, results, where)
+        raise (stopped.__cause__ or stopped) from None
+    _hand_out(case, found, results, where)
     return 0
+
+
+def usable_device(name: str, option: str = "--device") -> torch.device:
+    """Return a device that torch can use here.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"{option}: got {name!r}, expected cpu or a device that torch can use here ({reason})"
+        ) from None
+    return device
+
+
+def _hand_out(case: StepCase, found: list[StepResult], results: Results, where: Provenance) -> None:
+    """Print the table, then write the file; neither keeps the other from being made."""
+    try:
+        print(table(case, found, where), flush=True)
+    finally:
+        results.add(rows_of(case, found, where))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def unsupported_reason(model: nn.Module) -> str | None:
     """Say why prompts cannot be put on `model`; None when they can."""
     kind = type(model).__name__
     if not isinstance(model, VisionTransformer | Eva):
-        return f"{kind} is not one of timm's {SUPPORTED}"
+        return f"{kind} is not a timm model of a kind that is covered"
     base = VisionTransformer if isinstance(model, VisionTransformer) else Eva
     if type(model).forward_features is not base.forward_features:
         return f"{kind} overrides forward_features, which tcpa replaces"
@@ -52,6 +52,33 @@ def unsupported_reason(model: nn.Module) -> str | None:
         if getattr(block.attn, "num_kv_groups", 1) != 1:
             return f"blocks.{index}.attn shares keys between heads (grouped-query attention)"
     return None
+
+
+def uncalled_hooks(model: ModuleLike) -> list[str]:
+    """Name the modules that carry hooks of their own which would never be called.
+
+    Blocks are opened: their norms, MLPs and output projections are called as modules; the block,
+    its attention and the projections of queries, keys and values are not.
+    """
+    modules = {"": model, "blocks": model.blocks}
+    for index, block in enumerate(model.blocks):
+        modules |= {f"blocks.{index}": block, f"blocks.{index}.attn": block.attn}
+        for name in ("qkv", "q_proj", "k_proj", "v_proj"):
+            layer = getattr(block.attn, name, None)
+            if layer is not None:
+                modules[f"blocks.{index}.attn.{name}"] = layer
+        if frozen_layer_norm(block) is not None:
+            modules[f"blocks.{index}.norm1"] = block.norm1
+    return [name or "the model itself" for name, module in modules.items() if _has_hooks(module)]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def input_channels(model: ModuleLike) -> int:

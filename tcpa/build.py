@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,13 +30,14 @@ def wrap(
     """Freeze a timm Vision Transformer and put trained prompts on it.
 
     The instance is taken over: its weights are frozen, its head is replaced when `num_classes` is
-    given, and it stays in evaluation mode. Other instances and timm itself are not touched.
+    given, and it stays in evaluation mode. Other instances and timm itself are not touched. A model
+    that had the instance before refuses to work from then on.
 
     Args:
         backbone: a timm `VisionTransformer` or `Eva` model.
         config: `TCPAConfig` (TCPA), `VPTConfig` (VPT-Shallow, VPT-Deep, VFPT) or None (linear
             probe).
-        num_classes: classes of a fresh linear head; None keeps the model's own head.
+        num_classes: classes of a fresh linear head; 0 removes the head, None keeps the model's own.
         savings: work left out without changing the result; all by default.
         impl: implementation of the operations: "auto", "triton", "sdpa" or "reference".
         normalization: channel mean and standard deviation of the images, for the record; the
@@ -57,7 +59,7 @@ def wrap(
         raise TypeError(f"savings: got {type(savings).__name__}, expected Savings; create one")
     require_choice("impl", impl, IMPLS)
     if num_classes is not None:
-        require_int("num_classes", num_classes, 1)
+        require_int("num_classes", num_classes, 0)
     if isinstance(config, TCPAConfig):
         config = _fit_to_backbone(config, backbone)
     record = _normalization(backbone, normalization)
@@ -87,7 +89,7 @@ def create_model(
     Args:
         name: timm model name, with or without a weight tag.
         pretrained: load timm's weights.
-        num_classes: classes of a fresh linear head.
+        num_classes: as in `wrap`.
         tcpa: the prompt method; None for a linear probe.
         savings, impl, normalization: as in `wrap`.
         timm_arguments: passed to `timm.create_model` (`img_size`, `checkpoint_path`, ...).
@@ -95,6 +97,8 @@ def create_model(
     Raises:
         ValueError: timm does not know the model, or its architecture is not covered.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name: got {type(name).__name__}, expected a timm model name; pass a str")
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
         hint = f"did you mean one of {near}?" if near else "timm.list_models() lists them"
@@ -132,13 +136,22 @@ def _fit_to_backbone(config: TCPAConfig, backbone: Any) -> TCPAConfig:
 def _normalization(
     backbone: Any, given: tuple[Sequence[float], Sequence[float]] | None
 ) -> Normalization:
+    channels = blocks.input_channels(backbone)
+    expected = f"(mean, std) with {channels} means and {channels} positive standard deviations"
     if given is None:
         cfg = getattr(backbone, "pretrained_cfg", None) or {}
-        given = (cfg.get("mean", (0.5, 0.5, 0.5)), cfg.get("std", (0.5, 0.5, 0.5)))
-    lengths = [len(values) for values in given]
-    channels = blocks.input_channels(backbone)
-    fits = lengths == [channels, channels] and all(s > 0 for s in given[1])
-    expected = f"{channels} means and {channels} positive standard deviations"
+        own = (cfg.get("mean", (0.5,) * channels), cfg.get("std", (0.5,) * channels))
+        fits = [len(values) for values in own] == [channels, channels]
+        got = f"nothing, and the backbone's own is for {len(own[0])} channels: {own}"
+        require(fits, "normalization", got, expected, "pass what your images are normalised with")
+        given = own
+    try:
+        mean, std = (tuple(float(v) for v in values) for values in given)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"normalization: got {given!r}, expected {expected}; pass two tuples of numbers"
+        ) from None
+    fits = len(mean) == len(std) == channels and all(map(math.isfinite, mean))
+    fits = fits and all(0 < s < math.inf for s in std)
     require(fits, "normalization", given, expected, "pass (mean, std)")
-    mean, std = (tuple(float(v) for v in values) for values in given)
     return Normalization(mean, std)

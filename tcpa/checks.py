@@ -24,10 +24,26 @@ def require_tensor(name: str, value: object, layout: str, *ndims: int) -> Tensor
             "convert it with torch.as_tensor"
         )
     require(value.ndim in ndims, name, f"shape {list(value.shape)}", layout, "reshape it")
+    dense = value.layout == torch.strided
+    require(dense, name, value.layout, "a dense tensor", "convert it with .to_dense()")
     if value.dtype not in FLOAT_DTYPES:
         supported = "float16, bfloat16, float32 or float64"
         raise TypeError(f"{name}: got {value.dtype}, expected {supported}; convert it with .to()")
     return value
+
+
+def require_dtype(name: str, value: object, dtype: torch.dtype, layout: str, remedy: str) -> None:
+    """Check that `value` is a tensor with at least one axis and of exactly this dtype."""
+    expected = f"{dtype} {layout}".removeprefix("torch.")
+    if not isinstance(value, Tensor) or value.dtype != dtype:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: got {got}, expected {expected}; {remedy}")
+    require(value.ndim >= 1, name, "a tensor without axes", expected, "reshape it")
+
+
+def require_gate(gate: object, layout: str = "[..., W]") -> None:
+    """Check that `gate` is a tensor of gate words."""
+    require_dtype("gate", gate, torch.int32, f"gate words {layout}", "make them with pack_gate")
 
 
 def require_same(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
@@ -52,7 +68,7 @@ def require_shape(name: str, value: Tensor, expected: tuple[int, ...], layout: s
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Check that `value` is one of a few words; suggests the nearest one."""
-    if value in choices:
+    if isinstance(value, str) and value in choices:
         return
     near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "choose one of these"
@@ -65,6 +81,19 @@ def require_int(name: str, value: Any, low: int, high: int | None = None) -> Non
         raise TypeError(f"{name}: got {value!r}, expected an integer; pass a plain int")
     bound = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
     require(low <= value and (high is None or value <= high), name, value, bound, "change it")
+
+
+def require_int_pair(
+    name: str, value: Any, low: int, high: tuple[int, int] | tuple[None, None] = (None, None)
+) -> None:
+    """Check two integers, of the CLS pool and of the image pool."""
+    expected = "two integers, of the CLS pool and of the image pool"
+    remedy = f"pass a tuple, {name}=(1, 1) for instance"
+    if not isinstance(value, tuple | list):
+        raise TypeError(f"{name}: got {value!r}, expected {expected}; {remedy}")
+    require(len(value) == 2, name, value, expected, remedy)
+    for index in range(2):
+        require_int(f"{name}[{index}]", value[index], low, high[index])
 
 
 def require_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
@@ -82,10 +111,10 @@ def require_bool(name: str, value: Any) -> None:
 
 
 def config_from_dict(cls: type, values: object, where: str) -> Any:
-    """Build a config dataclass from parsed JSON, refusing unknown names.
+    """Build a config dataclass from parsed JSON: no name unknown, none left to a default.
 
     Raises:
-        ValueError: `values` is no mapping or holds names that `cls` does not have.
+        ValueError: `values` is no mapping, or its names are not exactly the fields of `cls`.
     """
     if not isinstance(values, dict):
         raise ValueError(f"{where}: got {type(values).__name__}, expected an object; is it ours?")
@@ -95,5 +124,11 @@ def config_from_dict(cls: type, values: object, where: str) -> Any:
         raise ValueError(
             f"{where}: unknown names {unknown}, expected a subset of {sorted(known)}; "
             "it was written by another program or by a newer version of tcpa"
+        )
+    missing = sorted(known - set(values))
+    if missing:
+        raise ValueError(
+            f"{where}: no {missing}, expected all of {sorted(known)}; restore the file, or save "
+            "the adapter again"
         )
     return cls(**values)

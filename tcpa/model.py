@@ -7,7 +7,9 @@ Axes: B batch, L tokens, P prompt rows, C width, N blocks, W gate words.
 """
 
 import functools
+import logging
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self, cast
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import blocks
-from .checks import require, require_int
+from .checks import require, require_bool, require_int
 from .config import PromptConfig, Savings, TCPAConfig, VPTConfig
 from .dispatch import Impl, autocast_dtype, choose_impl
 from .forward import (
@@ -39,11 +41,23 @@ class Normalization(NamedTuple):
     std: tuple[float, ...]
 
 
+_log = logging.getLogger("tcpa")
+_owners: "weakref.WeakValueDictionary[int, PromptedViT]" = weakref.WeakValueDictionary()
+"""Which model has taken over the backbone of an id."""
+
+
+def _to_weight_dtype(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Hand a trained layer its input in its own precision, whatever the frozen weights have."""
+    weight = getattr(layer, "weight", None)
+    return inputs if weight is None else (inputs[0].to(weight.dtype), *inputs[1:])
+
+
 class PromptedViT(nn.Module):
     """A frozen timm ViT whose tokens attend to trained prompts.
 
-    Trained are the prompts, the optional modules and the classification head. The backbone stays in
-    evaluation mode; `train()` switches dropout, noise and random selection of the prompts.
+    Trained are the prompts, the optional modules and the classification head, in float32 also on a
+    backbone of lower precision. The backbone stays in evaluation mode; `train()` switches dropout,
+    noise and random selection of the prompts.
 
     Attributes:
         backbone: the timm model that was taken over.
@@ -69,11 +83,29 @@ class PromptedViT(nn.Module):
         self.impl: Impl = impl
         self.normalization = normalization
         self.epoch = 0
+        self._knows_epoch = False
         self._recompute = False
         self._kv_cache = PromptKVCache()
         self._build_prompts()
         self._freeze()
         self.train()
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Become the one model of the backbone: another one's head may be replaced by ours."""
+        self._has_backbone = True
+        previous = _owners.get(id(self.backbone))
+        if previous is not None and previous.backbone is self.backbone:
+            previous._has_backbone = False
+        _owners[id(self.backbone)] = self
+
+    def require_backbone(self) -> None:
+        """Raise RuntimeError if another model has taken the backbone over."""
+        if not self._has_backbone:
+            raise RuntimeError(
+                "backbone: it was wrapped again and belongs to the newer model, whose head it may "
+                "have; give each model its own, for instance wrap(copy.deepcopy(vit), ...)"
+            )
 
     def _build_prompts(self) -> None:
         config, weight = self.config, blocks.input_weight(self.backbone)
@@ -93,8 +125,16 @@ class PromptedViT(nn.Module):
 
     def _freeze(self) -> None:
         self.backbone.requires_grad_(not self.savings.frozen_backbone)
+        self._prepare_head()
+
+    def _prepare_head(self) -> None:
+        """Make the head trainable, in float32 at least, where the frozen weights are."""
+        weight = blocks.input_weight(self.backbone)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
         for layer in blocks.classifier_layers(self.backbone):
-            layer.requires_grad_(True)
+            layer.to(device=weight.device, dtype=dtype).requires_grad_(True)
+            if _to_weight_dtype not in layer._forward_pre_hooks.values():
+                layer.register_forward_pre_hook(_to_weight_dtype)
 
     # What is trained, and how.
 
@@ -117,7 +157,15 @@ class PromptedViT(nn.Module):
         makes them reproducible.
         """
         require_int("epoch", epoch, 0)
-        self.epoch = epoch
+        self.epoch, self._knows_epoch = epoch, True
+
+    def get_extra_state(self) -> Tensor:
+        """Return the epoch, int64, for `state_dict()`: a resumed run selects as it would have."""
+        return torch.tensor(self.epoch)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the epoch from `load_state_dict()`."""
+        self.set_epoch(int(state))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block in the backward pass in place of keeping its activations."""
@@ -156,13 +204,13 @@ class PromptedViT(nn.Module):
         return self.backbone.num_classes
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classification head by a fresh linear layer, which is trained."""
-        require_int("num_classes", num_classes, 1)
+        """Replace the classification head by a fresh linear layer, which is trained.
+
+        With 0 classes there is no head, and the model returns what it would have read.
+        """
+        require_int("num_classes", num_classes, 0)
         self.backbone.reset_classifier(num_classes)
-        # Older timm makes the new layer in float32 on the CPU, wherever the model is.
-        weight = blocks.input_weight(self.backbone)
-        for layer in blocks.classifier_layers(self.backbone):
-            layer.to(device=weight.device, dtype=weight.dtype).requires_grad_(True)
+        self._prepare_head()
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Save what was trained into a folder; see `tcpa.save_pretrained`."""
@@ -186,7 +234,10 @@ class PromptedViT(nn.Module):
 
         Raises:
             TypeError, ValueError: `images` do not fit the backbone.
+            RuntimeError: a module that is not called as such has got hooks, or the backbone was
+                wrapped again.
         """
+        require_bool("return_distance", return_distance)
         all_rows = not self.savings.last_block_head_rows
         rows = None if all_rows else blocks.rows_read_by_head(self.backbone)
         x, distance, _ = self._run_blocks(images, rows)
@@ -227,7 +278,10 @@ class PromptedViT(nn.Module):
         self, images: Tensor, head_rows: int | None
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """Return the last block's tokens (the first `head_rows` if given), distance and gates."""
+        self.require_backbone()
         blocks.check_images(self.backbone, images)
+        if not torch.compiler.is_compiling():
+            self._check_use()
         x, ropes = blocks.embed_images(self.backbone, self.image_prompt(images))
         if torch.is_grad_enabled() and not (self.savings.skip_input_gradient or x.requires_grad):
             x = x.requires_grad_()
@@ -255,6 +309,25 @@ class PromptedViT(nn.Module):
             distance = distance if delta is None else distance + delta
             gates.append(gate)
         return (x[:, :num_tokens] if self._is_shallow else x), distance, gates
+
+    def _check_use(self) -> None:
+        """Speak up where a mistake would go unnoticed."""
+        hooked = blocks.uncalled_hooks(self.backbone)
+        if hooked:
+            raise RuntimeError(
+                f"hooks on {', '.join(hooked)} would not be called: tcpa calls the layers of a "
+                "block one by one; put them on a block's norm2, mlp or attn.proj, or remove them"
+            )
+        config = self.config
+        matching = isinstance(config, TCPAConfig) and config.coordination == "token"
+        random_epochs = config.random_selection_epochs if matching else 0
+        if self.training and random_epochs and not self._knows_epoch:
+            self._knows_epoch = True
+            _log.warning(
+                "training without set_epoch: every step selects its prompts at random; call "
+                "model.set_epoch(epoch) at the start of each epoch (random until epoch %d)",
+                random_epochs,
+            )
 
     def _block(
         self,

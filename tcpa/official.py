@@ -56,7 +56,8 @@ def load_official_state_dict(model: PromptedViT, state_dict: Mapping[str, Any]) 
         state_dict: exactly the names of `official_state_dict(model)`, as tensors or numpy arrays.
 
     Raises:
-        ValueError: names are missing or unknown, or a shape differs; nothing is copied then.
+        ValueError: names are missing or unknown, a shape differs or a value is not finite; nothing
+            is copied then.
         TypeError: a value is no array.
     """
     if not isinstance(state_dict, Mapping):
@@ -70,10 +71,16 @@ def load_official_state_dict(model: PromptedViT, state_dict: Mapping[str, Any]) 
         for name, target in targets.items()
         if name in values and values[name].shape != target.shape
     ]
+    broken = [
+        name
+        for name, value in values.items()
+        if name in targets and not bool(torch.isfinite(value).all())
+    ]
     problems = [
         *([f"missing {_few(missing)}"] if missing else []),
         *([f"unknown {_few(unknown)}"] if unknown else []),
         *([f"wrong shapes: {_few(shapes)}"] if shapes else []),
+        *([f"NaN or infinity in {_few(broken)}"] if broken else []),
     ]
     if problems:
         raise ValueError(

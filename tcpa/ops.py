@@ -12,7 +12,9 @@ from . import kernels, sdpa
 from .checks import (
     require,
     require_choice,
+    require_gate,
     require_int,
+    require_int_pair,
     require_number,
     require_same,
     require_same_device,
@@ -151,16 +153,19 @@ def gated_attention(
     Source:
         Section 3.3, Eq. 12-13 and Eq. 6-7.
     """
-    dtype = autocast_dtype(require_tensor("q", q, "[B, Lq, H, D]", 4).device)
+    _check_attention_layout(q, k, v, k_prompt, v_prompt)
+    dtype = autocast_dtype(q.device)
     if dtype is not None:
         q, k, v, k_prompt, v_prompt = (t.to(dtype) for t in (q, k, v, k_prompt, v_prompt))
     _check_attention(q, k, v, k_prompt, v_prompt)
     if gate is not None:
+        require_gate(gate, "[B, Lq, W] or [1, Lq, W]")
         words = num_gate_words(k_prompt.shape[-3])
-        batch = 1 if gate.ndim == 3 and gate.shape[0] == 1 else q.shape[0]
+        batch = 1 if gate.shape[0] == 1 else q.shape[0]
         _check_gate(gate, (batch, q.shape[1], words), q.device)
     if scale is not None:
         require_number("scale", scale, 0.0)
+        scale = float(scale)
     require_choice("normalize_over", normalize_over, ("all", "visible"))
     name = resolve(impl, q, k.shape[1], kernels.attention_fits(q, k_prompt))
     options = {"scale": scale, "normalize_over": normalize_over}
@@ -201,8 +206,9 @@ def norm_match(
 
     Args:
         x: `[B, L, C]` float tokens before the norm.
-        weight: `[C]` scale of the LayerNorm; None is one.
-        bias: `[C]` shift of the LayerNorm; None is zero.
+        weight: `[C]` scale of the LayerNorm, of the dtype of `x`, or float32 with 16-bit `x`; None
+            is one.
+        bias: `[C]` shift of the LayerNorm, of the dtype of `weight`; None is zero.
         eps: added to the variance.
         cls_keys, image_keys, cls_top_k, image_top_k, num_prefix_tokens, lengths, selection, gate:
             as in `match_prompts`.
@@ -247,6 +253,7 @@ def norm_match(
     }
     if resolve(impl, x, x.shape[1], fits) == "triton":
         return kernels.norm_match(x, weight, bias, eps, cls_keys, image_keys, **options)
+    _check_affine_dtype(x, weight, bias)
     normed = F.layer_norm(x, x.shape[2:], weight, bias, eps)
     with without_autocast(x.device):
         return normed, *match_prompts_reference(x, cls_keys, image_keys, **options)
@@ -264,6 +271,7 @@ def _check_matching(
     gate: Tensor | None,
 ) -> None:
     require_tensor("x", x, "[B, L, C]", 3)
+    require(x.shape[2] >= 1, "x", f"shape {list(x.shape)}", "[B, L, C] with C >= 1", "check it")
     for name, keys in (("cls_keys", cls_keys), ("image_keys", image_keys)):
         require_tensor(name, keys, "[R, C]", 2)
         require_same_device(name, keys, x)
@@ -271,23 +279,51 @@ def _check_matching(
     require_int("cls_top_k", cls_top_k, 0, cls_keys.shape[0])
     require_int("image_top_k", image_top_k, 0, image_keys.shape[0])
     require_int("num_prefix_tokens", num_prefix_tokens, 0, x.shape[1])
-    for index, length in enumerate(lengths):
-        require_int(f"lengths[{index}]", length, 1)
+    require_int_pair("lengths", lengths, 1)
     require_choice("selection", selection, ("nearest", "farthest"))
     num_prompts = cls_keys.shape[0] * lengths[0] + image_keys.shape[0] * lengths[1]
     if gate is not None:
+        require_gate(gate, "[B, L, W]")
         _check_gate(gate, (x.shape[0], x.shape[1], num_gate_words(num_prompts)), x.device)
 
 
-def _check_attention(q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor) -> None:
-    batch, _, heads, head_dim = q.shape
+def _check_affine_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Check that PyTorch's LayerNorm takes parameters of these dtypes for tokens like `x`."""
+    if x.device.type != "cpu" and autocast_dtype(x.device) is not None:
+        # There autocast computes LayerNorm in float32, whatever comes.
+        return
+    dtypes = (x.dtype, torch.float32) if x.dtype.itemsize == 2 else (x.dtype,)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            expected = " or ".join(map(str, dict.fromkeys(dtypes)))
+            remedy = f"convert it with {name}.to(x.dtype)"
+            fits = parameter.dtype in dtypes
+            require(fits, name, parameter.dtype, f"{expected} as x is {x.dtype}", remedy)
+    if weight is not None and bias is not None:
+        same, expected = bias.dtype == weight.dtype, f"{weight.dtype} as weight"
+        require(same, "bias", bias.dtype, expected, "convert it with bias.to(weight.dtype)")
+
+
+def _check_attention_layout(
+    q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor
+) -> None:
+    """Check types and ranks, before autocast converts anything."""
+    require_tensor("q", q, "[B, Lq, H, D]", 4)
+    require(q.shape[3] >= 1, "q", f"shape {list(q.shape)}", "[B, Lq, H, D] with D >= 1", "check it")
     for name, tensor in (("k", k), ("v", v)):
         require_tensor(name, tensor, "[B, L, H, D]", 4)
+    for name, tensor in (("k_prompt", k_prompt), ("v_prompt", v_prompt)):
+        require_tensor(name, tensor, "[P, H, D] or [B, P, H, D]", 3, 4)
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor) -> None:
+    """Check devices, dtypes and sizes."""
+    batch, _, heads, head_dim = q.shape
+    for name, tensor in (("k", k), ("v", v)):
         require_same(name, tensor, "q", q)
         expected = (batch, k.shape[1], heads, head_dim)
         require_shape(name, tensor, expected, "B, L, H, D with B, H, D of q and L of k")
     for name, tensor in (("k_prompt", k_prompt), ("v_prompt", v_prompt)):
-        require_tensor(name, tensor, "[P, H, D] or [B, P, H, D]", 3, 4)
         require_same(name, tensor, "q", q)
         leading = (batch,) if k_prompt.ndim == 4 else ()
         expected = (*leading, k_prompt.shape[-3], heads, head_dim)
@@ -295,9 +331,6 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt
 
 
 def _check_gate(gate: Tensor, expected: tuple[int, int, int], device: torch.device) -> None:
-    if not isinstance(gate, Tensor) or gate.dtype != torch.int32:
-        got = gate.dtype if isinstance(gate, Tensor) else type(gate).__name__
-        raise TypeError(f"gate: got {got}, expected int32 gate words; make them with pack_gate")
     require_shape("gate", gate, expected, "batch, queries, ceil(P / 32) words")
     got, remedy = f"device {gate.device}", "move it with .to()"
     require(gate.device == device, "gate", got, f"{device}", remedy)

@@ -192,7 +192,9 @@ class ConvImagePrompt(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images `[B, 3, height, width]`."""
-        return images + self.contract(self.activation(self.expand(images)))
+        # The convolutions stay in float32 when frozen weights and images are in less.
+        x = images.to(self.expand.weight.dtype)
+        return images + self.contract(self.activation(self.expand(x))).to(images.dtype)
 
 
 class SimAM(nn.Module):

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import require, require_dtype, require_gate, require_int, require_int_pair
+
 Selection = Literal["nearest", "farthest"]
 NormalizeOver = Literal["all", "visible"]
 
@@ -36,7 +38,12 @@ def pack_gate(visible: Tensor) -> Tensor:
 
     Returns:
         int32 `[..., W]`; bit 31 is the sign bit.
+
+    Raises:
+        TypeError, ValueError: `visible` does not fit; the message says why.
     """
+    remedy = "say for each prompt row whether it is visible"
+    require_dtype("visible", visible, torch.bool, "tensor [..., P]", remedy)
     num_prompts = visible.shape[-1]
     words = num_gate_words(num_prompts)
     padded = F.pad(visible.long(), (0, words * GATE_WORD_BITS - num_prompts))
@@ -56,7 +63,15 @@ def unpack_gate(gate: Tensor, num_prompts: int) -> Tensor:
 
     Returns:
         bool `[..., P]`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
+    require_gate(gate)
+    require_int("num_prompts", num_prompts, 0)
+    words = num_gate_words(num_prompts)
+    got, expected = f"{gate.shape[-1]} words", f"at least {words} for num_prompts={num_prompts}"
+    require(gate.shape[-1] >= words, "gate", got, expected, "pass the num_prompts it was made for")
     row = torch.arange(num_prompts, device=gate.device)
     word = gate.index_select(-1, row // GATE_WORD_BITS)
     return ((word >> (row % GATE_WORD_BITS)) & 1).bool()
@@ -203,7 +218,16 @@ def random_gate(
 
     Returns:
         int32 `[B, L, W]`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
+    require_int("batch_size", batch_size, 0)
+    _check_layout(num_tokens, num_pool, lengths, num_prefix_tokens)
+    require_int_pair("top_k", top_k, 0, num_pool)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        got = type(generator).__name__
+        raise TypeError(f"generator: got {got}, expected a torch.Generator; make one, or pass None")
 
     def draw(tokens: int, pool: int, k: int) -> Tensor:
         noise = torch.rand(batch_size, tokens, pool, device=device, generator=generator)
@@ -226,13 +250,26 @@ def role_gate(
 
     Returns:
         int32 `[1, L, W]`, the same for every sample.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
+    _check_layout(num_tokens, num_pool, lengths, num_prefix_tokens)
 
     def whole(tokens: int, pool: int) -> Tensor:
         return torch.ones(1, tokens, pool, dtype=torch.bool, device=device)
 
     prefix = whole(num_prefix_tokens, num_pool[0])
     return build_gate(prefix, whole(num_tokens - num_prefix_tokens, num_pool[1]), lengths)
+
+
+def _check_layout(
+    num_tokens: int, num_pool: tuple[int, int], lengths: tuple[int, int], num_prefix_tokens: int
+) -> None:
+    require_int("num_tokens", num_tokens, 0)
+    require_int("num_prefix_tokens", num_prefix_tokens, 0, num_tokens)
+    require_int_pair("num_pool", num_pool, 0)
+    require_int_pair("lengths", lengths, 1)
 
 
 def _mean_distance(similarity: Tensor, selected: Tensor, top_k: int) -> Tensor:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import blocks
 from .build import create_model, wrap
-from .checks import config_from_dict, require, require_choice
+from .checks import FLOAT_DTYPES, config_from_dict, require, require_bool, require_choice
 from .config import PromptConfig, Savings, TCPAConfig, VPTConfig
 from .dispatch import Impl
 from .model import PromptedViT
@@ -32,6 +32,15 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 FORMAT = "tcpa-adapter"
 FORMAT_VERSION = 1
 METHODS: dict[str, type | None] = {"tcpa": TCPAConfig, "vpt": VPTConfig, "linear": None}
+SCHEMA: dict[str, Any] = {
+    "method": str,
+    "config": (dict, type(None)),
+    "num_classes": int,
+    "weights_sha256": str,
+    "backbone": {"name": str, "image_size": list, "dtype": str, "fingerprint": str},
+    "normalization": {"mean": list, "std": list},
+}
+"""What `adapter_config.json` must hold, and of which type."""
 
 
 def save_pretrained(model: PromptedViT, directory: str | os.PathLike[str]) -> None:
@@ -39,20 +48,34 @@ def save_pretrained(model: PromptedViT, directory: str | os.PathLike[str]) -> No
 
     Args:
         model: the model.
-        directory: folder for the two files; made if absent. Each file is replaced as a whole, so an
-            earlier adapter survives a failed save.
+        directory: folder for the two files; made if absent. Both are written whole before either
+            replaces an earlier one, so an earlier adapter survives a failed save.
 
     Raises:
+        TypeError: `model` is not one of ours, or `directory` is no path.
+        ValueError: a trained value is NaN or infinite; an earlier adapter stays as it is.
+        RuntimeError: another model has taken the backbone over.
         OSError: the folder cannot be written.
     """
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    if not isinstance(model, PromptedViT):
+        got = type(model).__name__
+        raise TypeError(f"model: got {got}, expected what tcpa.wrap returns; unwrap it (.module)")
+    model.require_backbone()
+    folder = _folder(directory)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"directory: got the file {folder}, expected a folder; rename one")
     tensors = {k: p.detach().cpu() for k, p in model.trainable_named_parameters().items()}
-    text = json.dumps(describe(model), indent=2) + "\n"
     # Values that share memory would be refused; clones also make views contiguous.
     tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
-    _replace(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, {"format": "pt"}))
-    _replace(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    _require_finite("model", tensors, "do not save it over a good one; load an earlier adapter")
+    text = json.dumps(describe(model) | {"weights_sha256": _checksum(tensors)}, indent=2) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace_files(
+        {
+            folder / WEIGHTS_FILE: lambda path: save_file(tensors, path, {"format": "pt"}),
+            folder / CONFIG_FILE: lambda path: path.write_text(text, encoding="utf-8"),
+        }
+    )
 
 
 def describe(model: PromptedViT) -> dict[str, Any]:
@@ -73,6 +96,7 @@ def describe(model: PromptedViT) -> dict[str, Any]:
         "backbone": {
             "name": f"{name}.{tag}" if tag else name,
             "image_size": list(backbone.patch_embed.img_size or ()),
+            "dtype": _dtype_of(model),
             "fingerprint": backbone_fingerprint(model),
         },
         "normalization": {"mean": model.normalization.mean, "std": model.normalization.std},
@@ -89,15 +113,22 @@ def method_name(config: PromptConfig | None) -> str:
 
 def backbone_fingerprint(model: PromptedViT) -> str:
     """Return the SHA-256 of the frozen weights: names, shapes, dtypes and bytes."""
-    digest = hashlib.sha256()
     heads = {id(p) for h in blocks.classifier_layers(model.backbone) for p in h.parameters()}
-    for name, parameter in sorted(model.backbone.named_parameters()):
-        if id(parameter) in heads:
-            continue
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode())
-        values = parameter.detach().cpu().contiguous()
+    frozen = {n: p for n, p in model.backbone.named_parameters() if id(p) not in heads}
+    return _checksum(frozen)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        values = tensor.detach().cpu().contiguous()
         digest.update(values.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _dtype_of(model: PromptedViT) -> str:
+    return str(blocks.input_weight(model.backbone).dtype).removeprefix("torch.")
 
 
 def from_pretrained(
@@ -118,16 +149,20 @@ def from_pretrained(
         check_backbone: refuse a backbone whose weights differ from those of the training.
 
     Returns:
-        The model in evaluation mode, bit-equal to the one that was saved.
+        The model in evaluation mode, bit-equal to the one that was saved. On a backbone of another
+        precision (`check_backbone=False`) the trained values are converted to what `wrap` gives it.
 
     Raises:
+        TypeError: `directory` is no path.
         FileNotFoundError: a file is missing.
         ValueError: a file is not ours, damaged, or does not fit the backbone.
+        RuntimeError: `backbone` is absent and timm could not load its weights.
     """
-    folder = Path(directory)
+    require_bool("check_backbone", check_backbone)
+    folder = _folder(directory)
     saved = _read_config(folder / CONFIG_FILE)
     config = _config_of(saved, folder / CONFIG_FILE)
-    tensors = _read_tensors(folder / WEIGHTS_FILE)
+    tensors = _read_tensors(folder / WEIGHTS_FILE, saved["weights_sha256"])
     options: dict[str, Any] = {
         "num_classes": saved["num_classes"],
         "savings": savings,
@@ -135,22 +170,48 @@ def from_pretrained(
         "normalization": (saved["normalization"]["mean"], saved["normalization"]["std"]),
     }
     if backbone is None:
-        name = saved["backbone"]["name"]
-        options["img_size"] = tuple(saved["backbone"]["image_size"])
-        model = create_model(name, pretrained=True, tcpa=config, **options)
+        model = _create_backbone(saved["backbone"], config, options)
     else:
         model = wrap(backbone, config, **options)
     if check_backbone:
         expected, got = saved["backbone"]["fingerprint"], backbone_fingerprint(model)
+        architecture = saved["backbone"]["name"].split(".")[0]
         require(
             got == expected,
             "backbone",
             f"weights {got[:12]}",
-            f"{expected[:12]} ({saved['backbone']['name']}, on which the adapter was trained)",
-            "load those weights in that precision, or pass check_backbone=False",
+            f"{expected[:12]} (the {architecture} on which the adapter was trained)",
+            f"load those weights in {saved['backbone']['dtype']}, or pass check_backbone=False",
         )
-    _fill(model, tensors, folder / WEIGHTS_FILE)
+    _fill(model, tensors, folder / WEIGHTS_FILE, keep_dtype=saved["backbone"]["dtype"])
     return model.eval()
+
+
+def _create_backbone(
+    described: dict[str, Any], config: PromptConfig | None, options: dict[str, Any]
+) -> PromptedViT:
+    """Let timm create the backbone that an adapter names, with its pretrained weights."""
+    name, image_size = described["name"], tuple(described["image_size"])
+    if not timm.is_model(name):
+        raise ValueError(
+            f"backbone: got none, and timm does not know {name!r}, on which the adapter was "
+            "trained; pass backbone=..."
+        )
+    arguments = {"img_size": image_size} if image_size else {}
+    try:
+        return create_model(name, pretrained=True, tcpa=config, **options, **arguments)
+    except Exception as error:  # What a failed download raises differs between versions.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RuntimeError(
+            f"backbone: got none, and timm could not load {name!r} with pretrained weights "
+            f"({reason}); pass backbone=..., the model with the weights of the training"
+        ) from error
+
+
+def _folder(directory: object) -> Path:
+    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
+        raise TypeError(f"directory: got {directory!r}, expected a folder's path; name one")
+    return Path(os.fsdecode(directory))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -161,6 +222,11 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"directory: no {path.name} in {path.parent}, expected a folder written by "
             "save_pretrained; check the path"
         ) from None
+    except NotADirectoryError:
+        raise NotADirectoryError(
+            f"directory: got the file {path.parent}, expected a folder written by "
+            "save_pretrained; pass the folder that holds it"
+        ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); save the adapter again") from error
     ours = isinstance(saved, dict) and saved.get("format") == FORMAT
@@ -169,33 +235,78 @@ def _read_config(path: Path) -> dict[str, Any]:
     require(
         version == FORMAT_VERSION, str(path), f"format {version}", f"{FORMAT_VERSION}", "upgrade"
     )
-    needed = {"method", "config", "num_classes", "backbone", "normalization"}
-    missing = sorted(needed - saved.keys())
-    require(not missing, str(path), f"no {missing}", f"{sorted(needed)}", "save the adapter again")
+    _check_fields(saved, SCHEMA, f"{path}: ")
+    for part, name in (
+        ("backbone", "image_size"),
+        ("normalization", "mean"),
+        ("normalization", "std"),
+    ):
+        values = saved[part][name]
+        numbers = all(type(v) in (int, float) for v in values)
+        got, remedy = json.dumps(values), "save the adapter again"
+        require(numbers, f"{path}: {part}.{name}", got, "a list of numbers", remedy)
     return saved
+
+
+def _check_fields(values: dict[str, Any], schema: dict[str, Any], where: str) -> None:
+    """Check that every field of a schema is there and has its type."""
+    remedy = "save the adapter again"
+    missing = sorted(schema.keys() - values.keys())
+    require(not missing, f"{where}fields", f"none named {missing}", f"{sorted(schema)}", remedy)
+    for name, kind in schema.items():
+        value = values[name]
+        if isinstance(kind, dict):
+            kinds: tuple[type, ...] = (dict,)
+        else:
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+        fits = isinstance(value, kinds) and not isinstance(value, bool)
+        words = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+        require(fits, f"{where}{name}", json.dumps(value), words, remedy)
+        if isinstance(kind, dict):
+            _check_fields(value, kind, f"{where}{name}.")
 
 
 def _config_of(saved: dict[str, Any], path: Path) -> PromptConfig | None:
     require_choice(f"{path}: method", saved["method"], tuple(METHODS))
-    cls = METHODS[saved["method"]]
-    return None if cls is None else config_from_dict(cls, saved["config"], f"{path}: config")
+    cls, values = METHODS[saved["method"]], saved["config"]
+    if cls is None:
+        got, remedy = json.dumps(values), "save the adapter again"
+        require(values is None, f"{path}: config", got, "null for a linear probe", remedy)
+        return None
+    try:
+        return config_from_dict(cls, values, "config")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, checksum: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(
             f"directory: no {path.name} in {path.parent}; save the adapter again"
         )
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged ({error}); save the adapter again") from error
+    got, expected = _checksum(tensors), f"{checksum[:12]} as {CONFIG_FILE} says"
+    remedy = "the file was altered or comes from another save; save the adapter again"
+    require(got == checksum, str(path), f"checksum {got[:12]}", expected, remedy)
+    _require_finite(str(path), tensors, "load an earlier adapter")
+    return tensors
+
+
+def _require_finite(name: str, tensors: dict[str, Tensor], remedy: str) -> None:
+    broken = [key for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
+    require(not broken, name, f"NaN or infinity in {broken}", "finite values", remedy)
 
 
 @torch.no_grad()
-def _fill(model: PromptedViT, tensors: dict[str, Tensor], path: Path) -> None:
-    """Put saved values in place of the trained parameters, in the saved dtype."""
+def _fill(model: PromptedViT, tensors: dict[str, Tensor], path: Path, keep_dtype: str) -> None:
+    """Put saved values in place of the trained parameters.
+
+    They keep their saved dtypes on a backbone of the dtype `keep_dtype`.
+    """
     targets = model.trainable_named_parameters()
     missing, unknown = sorted(targets.keys() - tensors), sorted(tensors.keys() - targets)
     fits = not missing and not unknown
@@ -206,19 +317,28 @@ def _fill(model: PromptedViT, tensors: dict[str, Tensor], path: Path) -> None:
         got, shape = f"{name} {list(value.shape)}", f"{list(parameter.shape)}"
         remedy = "use the backbone architecture that the adapter was trained on"
         require(value.shape == parameter.shape, str(path), got, shape, remedy)
+        is_float, remedy = value.dtype in FLOAT_DTYPES, "save the adapter again"
+        require(is_float, str(path), f"{name} {value.dtype}", "floating point", remedy)
+    same = _dtype_of(model) == keep_dtype
     for name, parameter in targets.items():
-        parameter.data = tensors[name].to(parameter.device)
+        dtype = tensors[name].dtype if same else parameter.dtype
+        parameter.data = tensors[name].to(parameter.device, dtype)
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside `path`, flush it to disk and move it into place."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+def _replace_files(writers: dict[Path, Callable[[Path], object]]) -> None:
+    """Write files beside their places, flush them to disk, then move all into place."""
+    temporary: dict[Path, Path] = {}
     try:
-        write(Path(temporary))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        for path, write in writers.items():
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            os.close(handle)
+            temporary[path] = Path(name)
+            write(temporary[path])
+            with open(name, "rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+        for path, written in temporary.items():
+            os.replace(written, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        for written in temporary.values():
+            written.unlink(missing_ok=True)

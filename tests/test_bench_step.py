@@ -1,69 +1,190 @@
 """Promise: the step benchmark compares equal computations only, and says what it measured."""
 
-import dataclasses
-import json
+import copy
+import math
+import os
 
+import numpy as np
 import pytest
+import torch
+from models import ARCHITECTURES
 from tcpa.bench import __main__ as cli
-from tcpa.bench import step
-from tcpa.bench.step import PROVIDERS, StepCase, StepResult, _verify, measure, report
+from tcpa.bench import step, step_worker
+from tcpa.bench.kinds import GAPS, KINDS, REST, add_up, kind_of, time_by_kind
+from tcpa.bench.results import load, provenance
+from tcpa.bench.step import (
+    StepResult,
+    StoppedError,
+    Truths,
+    WrongResultError,
+    _measure_rounds,
+    choose,
+    largest_error,
+    measure,
+    rows_of,
+    table,
+)
+from tcpa.bench.step_providers import (
+    StepCase,
+    StepProvider,
+    build_model,
+    fold_norms,
+    providers,
+    tcpa_steps,
+)
+from tcpa.bench.step_worker import Answer, Worker
 
 from tcpa import Savings
+from tcpa.cli import UsageError
+
+CPU = torch.device("cpu")
+SMALL = StepCase(model="vit_tiny_patch16_224", batch=1)
+PLAIN = StepProvider(name="official", savings=Savings.none())
 
 
-def result(name, milliseconds, peak, error=0.0):
+def result(name, seconds, peak, error=0.0, **options):
     return StepResult(
-        provider=name, milliseconds=milliseconds, peak_mib=peak, loss=1.0, gradient_error=error
+        provider=StepProvider(name=name, **options),
+        seconds=seconds,
+        peak_bytes=peak * 2**20,
+        error=error,
+        trained=1,
     )
 
 
-def test_the_command_measures_all_providers(tmp_path, capsys):
-    path = tmp_path / "step.json"
-    options = ["--model", "vit_tiny_patch16_224", "--batch", "2", "--rounds", "2"]
-    assert cli.main(["step", *options, "--json", str(path)]) == 0
+def test_the_command_measures_and_writes_what_it_measured(tmp_path, capsys):
+    path = tmp_path / "new" / "step.jsonl"
+    options = ["--model", SMALL.model, "--batch", "2", "--rounds", "2", "--kinds"]
+    arguments = ["step", *options, "--provider", "folded", "frozen ViT", "--results", str(path)]
+    assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
-    rows = json.loads(path.read_text())
-    assert rows["case"]["batch"] == 2
-    assert [row["provider"] for row in rows["results"]] == list(PROVIDERS)
-    for row in rows["results"]:
-        assert row["provider"] in printed and len(row["milliseconds"]) == 2
-        assert row["gradient_error"] < 1e-3 and row["peak_mib"] > 100
+    rows = load(path)
+    names = list(dict.fromkeys(row.provider for row in rows))
+    assert names == ["official", "tcpa, folded norms", "frozen ViT"]
+    for name in names:
+        own = {row.metric: row for row in rows if row.provider == name}
+        assert name in printed and own["time"].samples == 2 and own["time"].unit == "ms"
+        assert own["time"].p20 <= own["time"].p50 <= own["time"].p80
+        assert own["rate"].p50 == pytest.approx(2e3 / own["time"].p50)
+        assert own["error"].p50 < 1e-3 and own["peak memory"].p50 > 100
+        assert own["time of matrix products"].p50 > 0
+        assert own["time"].shape == "vit_tiny_patch16_224-cub-b2"
+        assert own["time"].mode == "train" and own["time"].provenance.torch == torch.__version__
+    assert rows[0].provider == "official" and "ms by kind of kernel" in printed
 
 
-def test_the_first_provider_is_the_official_algorithm_as_it_stands():
-    assert next(iter(PROVIDERS.values())) == Savings.none()
-    assert PROVIDERS["tcpa"] == Savings()
+def test_low_precision_is_checked_and_evaluation_measured():
+    chosen = [
+        p for p in providers("bfloat16", "cpu") if p.name in ("official", "tcpa, bf16 weights")
+    ]
+    case = StepCase(model=SMALL.model, batch=2, mode="eval")
+    exact, low = measure(case, chosen, 1)
+    assert exact.error < 1e-4 < low.error < 0.1
 
 
-def test_the_table_gives_medians_and_ratios():
-    results = [result("official", [30.0, 10.0, 20.0], 200.0), result("tcpa", [10.0], 50.0, 1e-6)]
-    table = report(StepCase(), results)
-    assert "20 (15-25)" in table and "1.00x" in table
-    assert "2.00x" in table and "0.25x" in table and "1e-06" in table
+@pytest.mark.parametrize("method", ["vpt-deep", "vfpt", "linear"])
+def test_other_methods_are_checked_against_their_own_plain_form(method):
+    found = measure(SMALL, [StepProvider(name=method, method=method)], 1)
+    assert found[0].error < 1e-4 and len(found[0].seconds) == 1
+
+
+def test_the_judge_of_a_large_batch_works_in_parts(monkeypatch):
+    case, answers = StepCase(model=SMALL.model, batch=5), []
+    for size in (8, 2):
+        monkeypatch.setattr(step_worker, "JUDGE_CHUNK", size)
+        answers.append(step_worker._judge(case, PLAIN, build_model(case, PLAIN)))
+    assert largest_error(answers[1], answers[0]) < 1e-5
+
+
+def test_the_yardstick_is_the_official_algorithm_as_it_stands():
+    for precision in ("float32", "bfloat16", "float64"):
+        first = providers(precision, "cpu")[0]
+        assert first.savings == Savings.none() and first.precision != "bfloat16"
+        assert not first.compiled and first.method == "tcpa"
+    names = [p.name for p in providers("bfloat16", "cuda")]
+    assert len(set(names)) == len(names)
+    assert {"VPT-deep", "VFPT", "frozen ViT", "official, frozen, compiled"} <= set(names)
+
+
+def test_every_rung_says_what_it_was_thought_to_bring():
+    for device in ("cpu", "cuda"):
+        first, *rest = tcpa_steps("bfloat16", device)
+        assert first.savings == Savings() and not first.expected
+        assert all(rung.expected[device] >= 1 for rung in rest)
+    assert any(p.graph for p in tcpa_steps("bfloat16", "cuda"))
+    assert not any(p.graph for p in tcpa_steps("bfloat16", "cpu"))
+
+
+def test_folding_norms_leaves_the_function_alone():
+    plain = ARCHITECTURES["vit-tiny"].create(torch.float64).eval()
+    folded = copy.deepcopy(plain)
+    fold_norms(folded)
+    images = ARCHITECTURES["vit-tiny"].images(dtype=torch.float64)
+    assert torch.allclose(folded(images), plain(images), rtol=1e-12, atol=1e-12)
+    assert all(bool((b.norm1.weight == 1).all()) for b in folded.blocks)
+    assert not torch.equal(folded.blocks[0].attn.qkv.weight, plain.blocks[0].attn.qkv.weight)
+
+
+def test_all_forms_start_from_the_same_trained_values():
+    models = [build_model(SMALL, p) for p in providers("bfloat16", "cpu") if p.method == "tcpa"]
+    first = models[0].trainable_named_parameters()
+    for model in models[1:]:
+        for name, value in model.trainable_named_parameters().items():
+            assert torch.equal(value, first[name]), name
+
+
+def test_the_table_gives_medians_ratios_and_expectations():
+    results = [
+        result("official", [0.030, 0.010, 0.020], 200),
+        result("tcpa", [0.010], 50, 1e-6),
+        result("tcpa, faster", [0.005], 50, expected={"cpu": 1.5}),
+    ]
+    printed = table(StepCase(), results, provenance(CPU))
+    assert "20 (14-26)" in printed and "1.00x" in printed
+    assert "2.00x" in printed and "0.25x" in printed and "1e-06" in printed
+    assert "4.00x" in printed and "3.00x" in printed
+
+
+def test_rows_hold_ratios_to_the_first():
+    results = [result("official", [0.02], 200), result("tcpa", [0.01], 50)]
+    rows = {(r.provider, r.metric): r.p50 for r in rows_of(SMALL, results, provenance(CPU))}
+    assert rows["tcpa", "speed against the first"] == 2
+    assert rows["tcpa", "memory against the first"] == 0.25
+    assert rows["official", "time"] == pytest.approx(20)
+
+
+def answer(**values):
+    return Answer({name: np.asarray(value, dtype=np.float32) for name, value in values.items()}, 1)
 
 
 def test_no_figures_of_a_wrong_result():
-    import numpy as np
+    truths = Truths(SMALL)
+    truths._answers["tcpa", "float32"] = answer(loss=1.0, keys=[1.0, 2.0])
+    assert truths.check(PLAIN, answer(loss=1.0, keys=[1.0, 2.0])) == 0
+    for wrong in (
+        answer(loss=1.0, keys=[1.01, 2.02]),
+        answer(loss=1.0, keys=[math.nan, 2.0]),
+        answer(loss=1.0),
+    ):
+        with pytest.raises(WrongResultError, match=r"'official' differs .*no figures of a wrong"):
+            truths.check(PLAIN, wrong)
 
-    gradient = np.ones(3, dtype=np.float32)
-    first = {"official": (1.0, [gradient]), "tcpa": (1.0, [gradient * 1.01])}
-    with pytest.raises(RuntimeError, match=r"'tcpa' differs from .* by 1\.0e-02"):
-        _verify(StepCase(), first)
-    first["tcpa"] = (float("nan"), [gradient])
-    with pytest.raises(RuntimeError, match="no figures of a wrong result"):
-        _verify(StepCase(), first)
 
-
-def test_every_saving_can_be_measured_alone():
-    case = StepCase(model="vit_tiny_patch16_224", batch=1)
-    some = {"official": Savings.none(), "bits": dataclasses.replace(Savings.none(), gate_bits=True)}
-    assert [r.provider for r in measure(case, 1, some)] == ["official", "bits"]
+def test_low_precision_may_err_twice_as_much_as_plain_low_precision():
+    truths = Truths(SMALL)
+    truths._answers["tcpa", "float32"] = answer(loss=1.0)
+    truths._answers["tcpa", "autocast"] = answer(loss=1.01)
+    low = StepProvider(name="tcpa", precision="bfloat16")
+    assert truths.check(low, answer(loss=1.02)) == pytest.approx(0.02, rel=1e-3)
+    with pytest.raises(WrongResultError, match=r"by 3\.0e-02 \(allowed 2e-02\)"):
+        truths.check(low, answer(loss=0.97))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--batch", "0"], "--batch: got 0, expected at least 1"),
+        (["--threads", "-3"], "--threads: got -3, expected at least 0"),
         (["--rounds", "-1"], "--rounds: got -1, expected at least 1"),
         (["--model", "vit_tiny"], "--model: timm does not know 'vit_tiny'"),
         (["--dataset", "imagenet"], "invalid choice: 'imagenet'"),
@@ -73,6 +194,134 @@ def test_bad_options_are_refused_by_name(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         step.main(arguments)
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_unknown_provider_or_device_is_named(capsys):
+    assert cli.main(["step", "--provider", "fast"]) == 2
+    assert "--provider: got 'fast', expected a part of one of official" in capsys.readouterr().err
+    assert cli.main(["step", "--device", "cuda:99"]) == 2
+    assert "--device: got 'cuda:99', expected cpu or a device" in capsys.readouterr().err
+    assert [p.name for p in choose(providers("float32", "cpu"), ["VPT"])] == [
+        "official",
+        "VPT-deep",
+    ]
+
+
+def test_a_model_that_cannot_be_used_is_named(capsys):
+    assert cli.main(["step", "--model", "resnet18", "--provider", "VFPT"]) == 2
+    message = capsys.readouterr().err
+    assert "--model resnet18 --batch 8: backbone: ResNet is not" in message
+    assert "Traceback" not in message
+
+
+def test_a_provider_that_died_is_named(monkeypatch):
+    monkeypatch.setattr(step_worker, "_serve", os.getpid)
+    worker = Worker(SMALL, StepProvider(name="tcpa"))
+    with pytest.raises(UsageError, match=r"provider 'tcpa': its process ended with exit code 1"):
+        worker.step()
+    worker.stop()
+
+
+class Scripted:
+    """A provider that answers so many steps."""
+
+    def __init__(self, name, steps, error):
+        self.provider, self.left, self.error = StepProvider(name=name), steps, error
+
+    def step(self):
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return 10.0 + self.left, 50.0
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [(UsageError("gone"), 2, "step: gone"), (KeyboardInterrupt(), 130, "step: interrupted")],
+)
+def test_the_rounds_before_a_failure_are_kept(
+    error, status, message, tmp_path, capsys, monkeypatch
+):
+    def rounds_of(steps):
+        running = [Scripted("official", 9, error), Scripted("tcpa", steps, error)]
+        return _measure_rounds(running, 5, [0.0, 1e-7], [1, 1])
+
+    with pytest.raises(type(error)):
+        rounds_of(0)
+    with pytest.raises(StoppedError, match="ended after 2 rounds"):
+        rounds_of(2)
+    monkeypatch.setattr(step, "measure", lambda *_, **__: rounds_of(2))
+    path = tmp_path / "step.jsonl"
+    assert step.main(["--results", str(path)]) == status
+    printed, told = capsys.readouterr()
+    assert "2 rounds" in printed and "tcpa" in printed and message in told
+    assert {row.samples for row in load(path) if row.metric == "time"} == {2}
+
+
+def test_a_wrong_result_is_told_in_one_line(monkeypatch, capsys):
+    def measure(*_, **__):
+        raise WrongResultError("provider 'tcpa' differs")
+
+    monkeypatch.setattr(step, "measure", measure)
+    assert step.main([]) == 1
+    assert capsys.readouterr() == ("", "tcpa-bench step: provider 'tcpa' differs\n")
+
+
+def test_a_file_that_cannot_be_written_is_refused_before(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(step, "measure", lambda *_, **__: pytest.fail("measured all the same"))
+    assert step.main(["--results", str(tmp_path)]) == 2
+    assert "--results: got " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("_gated_attention_forward", "attention"),
+        ("aten::_scaled_dot_product_flash_attention", "attention"),
+        ("_norm_match_forward_kernel", "norm and match"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32", "matrix products"),
+        ("nvjet_tst_128x256", "matrix products"),
+        ("aten::addmm", "matrix products"),
+        ("void at::native::multi_tensor_apply_kernel<adam>", "optimiser"),
+        ("Memcpy DtoD", "copies and casts"),
+        ("triton_poi_fused_gelu_0", REST),
+    ],
+)
+def test_kernels_are_told_apart_by_name(name, kind):
+    assert kind_of(name) == kind
+
+
+def test_time_by_kind_adds_up():
+    x = torch.randn(256, 256)
+    found = time_by_kind(lambda: (x @ x).softmax(1) + 1, CPU)
+    assert list(found) == [*KINDS, REST, GAPS]
+    assert found["matrix products"] > 0 and found["attention"] > 0 and found[REST] > 0
+
+
+class Event:
+    def __init__(self, name, start, end, device="DeviceType.CUDA"):
+        self.name, self.device_type, self.is_user_annotation = name, device, False
+        self.time_range = self
+        self.start, self.end = start, end
+
+    def elapsed_us(self):
+        return self.end - self.start
+
+
+def test_gaps_are_the_time_without_a_kernel():
+    events = [Event("gemm", 0, 10), Event("gelu", 15, 20), Event("cpu", 0, 99, "DeviceType.CPU")]
+    found = add_up(events, gpu=True)
+    assert found["matrix products"] == pytest.approx(10e-6)
+    assert found[REST] == found[GAPS] == pytest.approx(5e-6)
+
+
+def test_without_triton_the_command_says_so(monkeypatch, capsys):
+    def absent(name):
+        raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+    monkeypatch.setattr(cli.importlib, "import_module", absent)
+    assert cli.main(["static"]) == 2
+    assert "tcpa-bench: static needs triton, which is not installed" in capsys.readouterr().err
 
 
 def test_the_command_line_lists_its_commands(capsys):

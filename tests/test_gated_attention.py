@@ -187,6 +187,9 @@ def test_an_explicit_impl_is_never_replaced():
 
 BAD = {
     "not-a-tensor": (0, lambda t: t.numpy(), TypeError, r"q: got ndarray.*torch\.as_tensor"),
+    "no-channels": (0, lambda t: t[..., :0], ValueError, r"q: got shape .*D >= 1"),
+    "sparse": (1, lambda t: t.to_sparse(), ValueError, r"k: got torch\.sparse_coo.*dense"),
+    "list": (4, lambda t: [1.0], TypeError, r"v_prompt: got list, expected a torch\.Tensor"),
     "rank": (1, lambda t: t[0], ValueError, r"k: got shape \[9, 2, 16\], expected \[B, L, H, D\]"),
     "integers": (0, lambda t: t.int(), TypeError, r"q: got torch\.int32, expected float16"),
     "dtype": (
@@ -208,6 +211,10 @@ def test_bad_tensors_are_refused_by_name(index, change, kind, message):
     tensors[index] = change(tensors[index])
     with pytest.raises(kind, match=message):
         gated_attention(*tensors, gate)
+    if kind is TypeError:
+        # Autocast converts precision, not other things into tensors.
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(kind, match=message):
+            gated_attention(*tensors, gate)
 
 
 def test_bad_gates_and_options_are_refused_by_name():
@@ -216,6 +223,10 @@ def test_bad_gates_and_options_are_refused_by_name():
         gated_attention(*tensors, gate.repeat(1, 1, 2))
     with pytest.raises(TypeError, match=r"gate: got torch\.bool, expected int32.*pack_gate"):
         gated_attention(*tensors, gate.bool())
+    with pytest.raises(TypeError, match=r"gate: got list, expected int32.*pack_gate"):
+        gated_attention(*tensors, [1])
+    with pytest.raises(ValueError, match="gate: got a tensor without axes"):
+        gated_attention(*tensors, torch.tensor(1).int())
     with pytest.raises(ValueError, match=r"normalize_over: got 'al', expected 'all' or 'visible'"):
         gated_attention(*tensors, gate, normalize_over="al")
     with pytest.raises(ValueError, match=r"scale: got -1\.0, expected a finite number >= 0"):

@@ -1,5 +1,6 @@
 """Promise: the model computes what the official code computed: 1e-9 in float64, 1e-4 in float32."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from tcpa import Savings, verify
 from tcpa.golden import case_of, check, compare, config_of, golden_weights
 from tcpa.verify import TOLERANCE, load_golden, main
 
-FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+GOLDEN = Path(__file__).parent / "golden"
+FILES = sorted(GOLDEN.glob("*.npz"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -105,12 +107,26 @@ def test_an_implementation_that_cannot_run_is_refused(arguments, message, capsys
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"hello"])
+UNREADABLE = {
+    "empty": b"",
+    "cut": FILES[0].read_bytes()[:5000],
+    "no-members": b"PK\x03\x04 cut",
+    "text": b"hello",
+    "pickle": pickle.dumps({"lr": 1}),
+    "end-only": b"PK\x05\x06" + b"\xff" * 18,
+}
+
+
+@pytest.mark.parametrize("content", UNREADABLE.values(), ids=UNREADABLE)
 def test_unusable_files_are_named(tmp_path, capsys, content):
     path = tmp_path / "broken.npz"
     path.write_bytes(content)
-    assert main([str(path)]) == 2
-    assert "broken.npz: cannot be read as .npz" in capsys.readouterr().err
+    assert main([str(path), str(tmp_path)]) == 2
+    errors = capsys.readouterr().err
+    assert "broken.npz: cannot be read as .npz, it is cut or another kind of file" in errors
+    assert f"{tmp_path}: is a folder, expected a golden .npz file" in errors
+    # numpy would advise to run what is in the file.
+    assert "allow_pickle" not in errors
 
 
 def test_files_of_other_kinds_are_refused(tmp_path, capsys):
@@ -119,10 +135,49 @@ def test_files_of_other_kinds_are_refused(tmp_path, capsys):
     assert main([str(tmp_path / n) for n in ("other.npz", "trap.npz", "missing.npz")]) == 2
     errors = capsys.readouterr().err
     assert "other.npz: no case/* fields, expected a golden file" in errors
-    assert "trap.npz: cannot be read" in errors and "missing.npz: no such file" in errors
+    assert "trap.npz: lr: is no plain array of numbers" in errors and "allow_pickle" not in errors
+    assert "missing.npz: no such file" in errors
 
 
 def test_a_file_that_lacks_a_setting_is_named(tmp_path, capsys):
     np.savez(tmp_path / "partial.npz", **{"case/seed": 1, "case/n_classes": 3})
     assert main([str(tmp_path / "partial.npz")]) == 2
     assert "partial.npz: no field case/prompt_transform" in capsys.readouterr().err
+
+
+BAD_FIELDS = {
+    "words": ({"logits": np.array(["a"])}, "logits: got an array of <U1, expected numbers"),
+    "two": ({"case/seed": np.array([1, 2])}, "case/seed: got shape [2], expected one value"),
+    "negative": ({"case/batch": np.array(-1)}, "case/batch: got -1, expected an integer from 1"),
+    "float": ({"case/steps": np.array(1.5)}, "case/steps: got 1.5, expected an integer"),
+    "nan": ({"case/lr": np.array(np.nan)}, "case/lr: got nan, expected a finite number >= 0"),
+    "flag": ({"case/tdvp": np.array(2)}, "case/tdvp: got 2, expected True or False"),
+    "choice": ({"case/prompt_transform": np.array("x")}, "case/prompt_transform: got 'x'"),
+    "schedule": ({"lr": np.zeros(3)}, "no field epochs, steps_per_epoch, base_lr"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_FIELDS.values(), ids=BAD_FIELDS)
+def test_fields_of_another_kind_are_named(tmp_path, capsys, change, message):
+    path = tmp_path / "changed.npz"
+    np.savez(path, **(dict(np.load(GOLDEN / "vpt_tcpa_10_20.npz")) | change))
+    assert main([str(path)]) == 2
+    assert f"{path}: {message}" in capsys.readouterr().err
+
+
+def test_a_schedule_of_another_length_is_named(tmp_path, capsys):
+    path = tmp_path / "short.npz"
+    values = dict(np.load(GOLDEN / "lr_schedule.npz"))
+    np.savez(path, **(values | {"lr": values["lr"][:7]}))
+    assert main([str(path)]) == 2
+    assert "short.npz: lr: got shape [7], expected [4300]" in capsys.readouterr().err
+
+
+def test_fields_of_another_shape_are_infinitely_wrong(tmp_path, capsys, monkeypatch):
+    golden = {"logits": np.zeros(3), "cls_index": np.zeros((2, 3))}
+    computed = {"logits": np.zeros(2), "cls_index": np.zeros((2, 4))}
+    errors = compare(golden, computed)
+    assert errors == dict.fromkeys(golden, float("inf"))
+    monkeypatch.setattr(verify, "check", lambda *_, **__: errors)
+    assert main([str(FILES[0])]) == 1
+    assert "inf: missing, of another shape, or NaN on one side" in capsys.readouterr().err

@@ -328,10 +328,10 @@ def test_create_model_passes_arguments_to_timm():
 
 
 REFUSED = {
-    "resnet18": "ResNet is not one of timm's VisionTransformer",
-    "swin_tiny_patch4_window7_224": "SwinTransformer is not one of timm's",
-    "beit_base_patch16_224": "Beit is not one of timm's",
-    "vit_relpos_small_patch16_224": "VisionTransformerRelPos is not one of timm's",
+    "resnet18": "ResNet is not a timm model of a kind",
+    "swin_tiny_patch4_window7_224": "SwinTransformer is not a timm model of a kind",
+    "beit_base_patch16_224": "Beit is not a timm model of a kind",
+    "vit_relpos_small_patch16_224": "VisionTransformerRelPos is not a timm model of a kind",
     "vit_small_resnet26d_224": None,
 }
 
@@ -372,16 +372,101 @@ def test_bad_arguments_of_wrap():
         wrap(TINY.create(), {})
     with pytest.raises(TypeError, match="savings: got bool, expected Savings"):
         wrap(TINY.create(), QUIET, savings=True)
-    with pytest.raises(ValueError, match="num_classes: got 0, expected an integer >= 1"):
-        wrap(TINY.create(), QUIET, num_classes=0)
-    with pytest.raises(ValueError, match=r"normalization: got .*expected 3 means"):
+    with pytest.raises(ValueError, match="num_classes: got -1, expected an integer >= 0"):
+        wrap(TINY.create(), QUIET, num_classes=-1)
+    with pytest.raises(ValueError, match=r"normalization: got .* with 3 means"):
         wrap(TINY.create(), QUIET, normalization=((0.5,), (0.5,)))
+    for wrong in (3, (0.5, 0.5), (None, (1, 1, 1))):
+        with pytest.raises(TypeError, match=r"normalization: got .*two tuples of numbers"):
+            wrap(TINY.create(), QUIET, normalization=wrong)
+    for mean, std in ((torch.nan, 1.0), (0.0, 0.0), (0.0, torch.inf)):
+        with pytest.raises(ValueError, match=r"normalization: got .*positive standard deviations"):
+            wrap(TINY.create(), QUIET, normalization=((mean,) * 3, (std,) * 3))
+    with pytest.raises(TypeError, match="name: got NoneType, expected a timm model name"):
+        tcpa.create_model(None)
     with pytest.raises(RuntimeError, match="impl='triton' cannot run: "):
         wrap(TINY.create().to("meta"), QUIET, impl="triton")
     with pytest.raises(
         ValueError, match=r"name: got 'vit_tiny_patch16_225'.*expected a timm model"
     ):
         tcpa.create_model("vit_tiny_patch16_225", tcpa=QUIET)
+
+
+def test_another_number_of_channels_needs_its_normalization():
+    arguments = {"in_chans": 1, "img_size": 32, "depth": 1}
+    with pytest.raises(ValueError, match=r"normalization: got nothing, .*for 3 channels.*1 means"):
+        tcpa.create_model("vit_tiny_patch16_224", **arguments)
+    own = ((0.5,), (0.25,))
+    model = tcpa.create_model("vit_tiny_patch16_224", normalization=own, **arguments)
+    assert model.normalization == own
+
+
+def test_the_newer_model_has_the_backbone_and_the_older_one_says_so(tmp_path):
+    backbone, images = TINY.create(), TINY.images()
+    older = wrap(backbone, QUIET).eval()
+    copied, logits = copy.deepcopy(older), older(images)
+    newer = wrap(backbone, None, num_classes=3)
+    for use in (lambda: older(images), lambda: older.save_pretrained(tmp_path)):
+        with pytest.raises(RuntimeError, match=r"it was wrapped again.*copy\.deepcopy"):
+            use()
+    assert newer(images).shape == (3, 3)
+    assert torch.equal(copied(images), logits)
+    del newer
+    with pytest.raises(RuntimeError, match="wrapped again"):
+        older(images)
+
+
+HOOKED = ("", "blocks.0", "blocks.1.attn", "blocks.1.attn.qkv", "blocks.0.norm1")
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_hooks_that_would_never_be_called_are_refused(name):
+    model = wrap(TINY.create(), QUIET)
+    handle = model.backbone.get_submodule(name).register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match=f"hooks on {name or 'the model itself'} would not be"):
+        model(TINY.images())
+    handle.remove()
+    assert model(TINY.images()).shape == (3, 5)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.norm2", "blocks.1.mlp", "blocks.0.attn.proj", "norm"])
+def test_hooks_on_modules_that_are_called_work(name):
+    model, seen = wrap(TINY.create(), QUIET), []
+    model.backbone.get_submodule(name).register_forward_hook(lambda *_: seen.append(name))
+    model(TINY.images())
+    assert seen == [name]
+
+
+def test_training_without_set_epoch_is_told_once(caplog):
+    config = dataclasses.replace(QUIET, random_selection_epochs=2)
+    images = TINY.images()
+    for use, expected in ((lambda m: None, 1), (lambda m: m.set_epoch(0), 0)):
+        caplog.clear()
+        model = wrap(TINY.create(), config)
+        use(model)
+        model(images)
+        model(images)
+        told = [r.message for r in caplog.records if "without set_epoch" in r.message]
+        assert len(told) == expected
+    caplog.clear()
+    wrap(TINY.create(), config).eval()(images)
+    wrap(TINY.create(), dataclasses.replace(config, random_selection_epochs=0))(images)
+    assert not caplog.records
+
+
+def test_the_epoch_is_part_of_the_state():
+    config = dataclasses.replace(QUIET, random_selection_epochs=2)
+    first, second = wrap(TINY.create(), config), wrap(TINY.create(), config)
+    first.set_epoch(7)
+    second.load_state_dict(first.state_dict())
+    assert second.epoch == 7
+
+
+def test_the_image_prompt_works_on_a_backbone_of_low_precision():
+    config = dataclasses.replace(QUIET, image_prompt=True)
+    model = wrap(TINY.create().bfloat16(), config)
+    model(TINY.images().bfloat16()).float().sum().backward()
+    assert model.image_prompt[0].expand.weight.grad.dtype == torch.float32
 
 
 def test_bad_images_are_refused_by_name():
@@ -402,6 +487,12 @@ def test_bad_images_are_refused_by_name():
         model(torch.randn(2, 3, 64, 64, device="meta"))
     with pytest.raises(TypeError, match=r"images: got torch.uint8, expected float16"):
         model(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+
+
+def test_return_distance_is_a_flag():
+    model = wrap(TINY.create(), QUIET)
+    with pytest.raises(TypeError, match="return_distance: got 'no', expected True or False"):
+        model(TINY.images(), return_distance="no")
 
 
 def test_selection_needs_pools_and_epochs_are_counted_from_zero():

@@ -61,6 +61,7 @@ def test_round_trip(kind, config):
             lambda s: s.update(ADVP_w=torch.zeros(1, 2)),
             r"ADVP_w: got \[1, 2\], expected \[1, 36, 192\]",
         ),
+        (lambda s: s["ADVP_w"].fill_(torch.nan), "NaN or infinity in ADVP_w"),
         (lambda s: s.clear(), r"missing ADVP_b, ADVP_w, .* and \d+ more"),
     ],
 )

@@ -34,6 +34,83 @@ def test_bit_31_is_the_sign_bit():
     assert pack_gate(visible).item() == -(2**31)
 
 
+WORDS = pack_gate(torch.ones(2, 3, 40, dtype=torch.bool))
+LAYOUT = {"batch_size": 2, "num_tokens": 5, "num_pool": (3, 4), "top_k": (1, 2)}
+REFUSED = {
+    "not-bool": (
+        pack_gate,
+        {"visible": WORDS},
+        TypeError,
+        r"visible: got torch\.int32, expected boo",
+    ),
+    "no-tensor": (pack_gate, {"visible": [True]}, TypeError, "visible: got list, expected bool"),
+    "no-axes": (pack_gate, {"visible": torch.tensor(True)}, ValueError, "visible: got a tensor wi"),
+    "not-words": (
+        unpack_gate,
+        {"gate": WORDS.long()},
+        TypeError,
+        r"gate: got torch\.int64, expected i",
+    ),
+    "list": (unpack_gate, {"gate": [1]}, TypeError, "gate: got list, expected int32"),
+    "negative": (
+        unpack_gate,
+        {"num_prompts": -1},
+        ValueError,
+        "num_prompts: got -1, expected an int",
+    ),
+    "float": (
+        unpack_gate,
+        {"num_prompts": 4.0},
+        TypeError,
+        r"num_prompts: got 4\.0, expected an int",
+    ),
+    "many": (
+        unpack_gate,
+        {"num_prompts": 65},
+        ValueError,
+        "gate: got 2 words, expected at least 3",
+    ),
+    "top-k": (random_gate, {"top_k": (1, 5)}, ValueError, r"top_k\[1\]: got 5, expected .* 0 to 4"),
+    "pool": (random_gate, {"num_pool": 7}, TypeError, "num_pool: got 7, expected two integers"),
+    "batch": (
+        random_gate,
+        {"batch_size": -1},
+        ValueError,
+        "batch_size: got -1, expected an integer",
+    ),
+    "generator": (
+        random_gate,
+        {"generator": 3},
+        TypeError,
+        r"generator: got int, expected a torch\.",
+    ),
+    "prefix": (
+        role_gate,
+        {"num_prefix_tokens": 6},
+        ValueError,
+        "num_prefix_tokens: got 6.* 0 to 5",
+    ),
+    "lengths": (
+        role_gate,
+        {"lengths": (1, 0)},
+        ValueError,
+        r"lengths\[1\]: got 0, expected an int",
+    ),
+}
+
+
+@pytest.mark.parametrize(("function", "change", "kind", "message"), REFUSED.values(), ids=REFUSED)
+def test_bad_arguments_of_gates_are_refused_by_name(function, change, kind, message):
+    good = {
+        pack_gate: {},
+        unpack_gate: {"gate": WORDS, "num_prompts": 40},
+        random_gate: LAYOUT,
+        role_gate: {name: LAYOUT[name] for name in ("num_tokens", "num_pool")},
+    }
+    with pytest.raises(kind, match=message):
+        function(**(good[function] | change))
+
+
 @pytest.mark.parametrize("selection", ["nearest", "farthest"])
 def test_ties_go_to_the_lower_index(selection):
     similarity = torch.tensor([0.5, 0.7, 0.5, 0.7, 0.5])

@@ -5,12 +5,13 @@ import os
 import pickle
 
 import pytest
+import timm
 import torch
 from models import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 
 import tcpa
-from tcpa import TCPAConfig, VPTConfig, from_pretrained, wrap
+from tcpa import TCPAConfig, VPTConfig, from_pretrained, saving, wrap
 from tcpa.saving import CONFIG_FILE, WEIGHTS_FILE
 
 TINY = ARCHITECTURES["vit-tiny"]
@@ -103,25 +104,146 @@ def test_a_missing_folder_or_file_is_named(saved, tmp_path):
 
 
 def _edit(folder, **changes):
-    record = json.loads((folder / CONFIG_FILE).read_text()) | changes
+    """Change the record; a dict changes what it names, "absent" removes a field."""
+    record = json.loads((folder / CONFIG_FILE).read_text())
+    for name, value in changes.items():
+        if isinstance(value, dict) and value:
+            value = record[name] | value
+        record[name] = value
+    record = {name: value for name, value in record.items() if value != "absent"}
     (folder / CONFIG_FILE).write_text(json.dumps(record))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "peft"}, "another program's file"),
+        ({"format": "peft"}, "got another program's file"),
         ({"format_version": 99}, "got format 99, expected 1"),
         ({"method": "vp"}, "method: got 'vp', expected 'tcpa' or 'vpt' or 'linear'"),
+        ({"method": None}, "method: got null, expected str"),
+        ({"method": "linear"}, "config: got {.*}, expected null for a linear probe"),
         ({"config": {"pool": 3}}, r"config: unknown names \['pool'\]"),
-        ({"config": [1]}, "config: got list, expected an object"),
+        ({"config": [1]}, r"config: got \[1\], expected dict or null"),
+        ({"config": None}, "config: got NoneType, expected an object"),
+        ({"config": {}}, r"config: no \['cls_pool_size', .*restore the file"),
         ({"config": {"cls_top_k": 99}}, "cls_top_k: got 99"),
+        ({"config": {"cls_top_k": "3"}}, "cls_top_k: got '3', expected an integer"),
+        ({"num_classes": None}, "num_classes: got null, expected int"),
+        ({"num_classes": True}, "num_classes: got true, expected int"),
+        ({"backbone": "absent"}, r"fields: got none named \['backbone'\]"),
+        ({"backbone": None}, "backbone: got null, expected dict"),
+        ({"backbone": {"name": 3}}, r"backbone\.name: got 3, expected str"),
+        (
+            {"backbone": {"image_size": ["a"]}},
+            r'image_size: got \["a"\], expected a list of',
+        ),
+        ({"normalization": {}}, r"normalization\.fields: got none named \['mean', 'std'\]"),
+        (
+            {"normalization": {"mean": [None]}},
+            r"\.mean: got \[null\], expected a list",
+        ),
+        ({"weights_sha256": "absent"}, r"got none named \['weights_sha256'\]"),
+        ({"weights_sha256": "0" * 64}, rf"{WEIGHTS_FILE}: got checksum .*expected 000000000000"),
     ],
 )
 def test_a_config_that_is_not_ours_is_refused(saved, changes, message):
     _edit(saved, **changes)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         from_pretrained(saved, backbone=TINY.create())
+    assert str(saved) in str(caught.value)
+
+
+def _rewrite(folder, tensors):
+    """Write other weights with a right checksum."""
+    save_file(tensors, folder / WEIGHTS_FILE)
+    _edit(folder, weights_sha256=saving._checksum(tensors))
+
+
+def test_one_altered_byte_is_noticed(saved):
+    weights = saved / WEIGHTS_FILE
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{WEIGHTS_FILE}: got checksum .*altered"):
+        from_pretrained(saved, backbone=TINY.create())
+
+
+def test_nan_is_neither_saved_nor_loaded(saved):
+    before = (saved / WEIGHTS_FILE).read_bytes()
+    model = wrap(TINY.create(), METHODS["tcpa"], num_classes=4)
+    with torch.no_grad():
+        model.pools.cls_keys[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"NaN or infinity in \['pools\.cls_keys'\]"):
+        model.save_pretrained(saved)
+    assert (saved / WEIGHTS_FILE).read_bytes() == before
+    tensors = load_file(saved / WEIGHTS_FILE)
+    tensors["pools.cls_keys"][0, 0, 0] = torch.inf
+    _rewrite(saved, tensors)
+    with pytest.raises(ValueError, match=rf"{WEIGHTS_FILE}: got NaN or infinity"):
+        from_pretrained(saved, backbone=TINY.create())
+
+
+def test_a_model_without_a_head_comes_back_without_one(tmp_path):
+    model = wrap(TINY.create(), VPTConfig(length=3), num_classes=0).eval()
+    model.save_pretrained(tmp_path)
+    again, images = from_pretrained(tmp_path, backbone=TINY.create()), TINY.images()
+    assert again.num_classes == 0 and again(images).shape == (3, 192)
+    assert torch.equal(again(images), model(images))
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_on_another_precision_the_values_are_converted(tmp_path, dtypes):
+    trained, used = (getattr(torch, name) for name in dtypes)
+    model = wrap(TINY.create(trained), METHODS["tcpa"], num_classes=4).to(trained)
+    model.save_pretrained(tmp_path)
+    again = from_pretrained(tmp_path, backbone=TINY.create(used), check_backbone=False)
+    assert again(TINY.images(dtype=used)).isfinite().all()
+    assert all(p.dtype == torch.float32 for p in again.trainable_parameters())
+
+
+@pytest.mark.parametrize("directory", [None, "", 3])
+def test_a_folder_must_be_a_path(saved, directory):
+    model = wrap(TINY.create(), None)
+    for use in (model.save_pretrained, from_pretrained):
+        with pytest.raises(TypeError, match=r"directory: got .*, expected a folder's path"):
+            use(directory)
+
+
+def test_a_file_is_not_a_folder(saved):
+    path = saved / CONFIG_FILE
+    with pytest.raises(NotADirectoryError, match="directory: got the file"):
+        from_pretrained(path, backbone=TINY.create())
+    with pytest.raises(NotADirectoryError, match="directory: got the file"):
+        wrap(TINY.create(), None).save_pretrained(path)
+
+
+def test_only_our_models_are_saved(tmp_path):
+    with pytest.raises(TypeError, match=r"model: got Linear, expected what tcpa\.wrap returns"):
+        tcpa.save_pretrained(torch.nn.Linear(2, 2), tmp_path)
+
+
+def test_without_a_backbone_timm_is_asked_and_its_failure_told(saved, monkeypatch):
+    asked = []
+
+    def create(name, **arguments):
+        asked.append((name, arguments))
+        raise ConnectionError("no route to host\nand more")
+
+    monkeypatch.setattr(timm, "create_model", create)
+    with pytest.raises(RuntimeError, match=r"no route to host\); pass backbone=") as caught:
+        from_pretrained(saved)
+    assert isinstance(caught.value.__cause__, ConnectionError)
+    name, arguments = asked[0]
+    assert name.startswith("vit_tiny_patch16_224")
+    assert arguments == {"pretrained": True, "img_size": (64, 64)}
+    _edit(saved, backbone={"name": "my_vit"})
+    with pytest.raises(ValueError, match=r"timm does not know 'my_vit'.*pass backbone="):
+        from_pretrained(saved)
+
+
+def test_check_backbone_is_a_flag(saved):
+    with pytest.raises(TypeError, match="check_backbone: got 'no', expected True or False"):
+        from_pretrained(saved, backbone=TINY.create(), check_backbone="no")
 
 
 def test_damaged_files_are_refused_by_name(saved):
@@ -136,14 +258,17 @@ def test_damaged_files_are_refused_by_name(saved):
 
 def test_tensors_that_do_not_fit_are_refused_by_name(saved):
     tensors = load_file(saved / WEIGHTS_FILE)
-    save_file(tensors | {"extra": torch.zeros(1)}, saved / WEIGHTS_FILE)
+    _rewrite(saved, tensors | {"extra": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"unknown \['extra'\]"):
         from_pretrained(saved, backbone=TINY.create())
-    wrong = tensors | {"pools.cls_keys": torch.zeros(2, 18, 7)}
-    save_file(wrong, saved / WEIGHTS_FILE)
+    _rewrite(saved, tensors | {"pools.cls_keys": torch.zeros(2, 18, 7)})
     with pytest.raises(
         ValueError, match=r"got pools\.cls_keys \[2, 18, 7\], expected \[2, 18, 192\]"
     ):
+        from_pretrained(saved, backbone=TINY.create())
+
+    _rewrite(saved, tensors | {"pools.cls_keys": torch.zeros(2, 18, 192, dtype=torch.int32)})
+    with pytest.raises(ValueError, match=r"got pools\.cls_keys torch\.int32, expected floating"):
         from_pretrained(saved, backbone=TINY.create())
 
 

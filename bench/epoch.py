@@ -1,0 +1,248 @@
+"""Seconds per epoch of a data set of CUB's size (the paper's Table 4), with the data pipeline.
+
+Usage: tcpa-bench epoch [--device cpu] [--images N] [--source disk cache device] [--provider TEXT]
+
+Every method is trained and tested on generated photos that come from disk, from a cache or from
+the device's memory (see `epoch_data.py`). Three rates in images/s are told apart: the pipeline
+alone, the model alone on images that are there already, and both together, which is what an epoch
+takes. With fewer photos than CUB has, seconds are scaled up to its 5,394 training and 5,794 test
+images.
+
+Methods are interleaved: every method runs its part of an epoch in turn, as often as --rounds says.
+"""
+
+import argparse
+import contextlib
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from ..cli import command
+from .epoch_data import SOURCES, Cache, batches, write_photos
+from .results import Provenance, Results, Row, provenance
+from .step import choose, usable_device
+from .step_providers import StepCase, StepProvider, build_model, loss_of, providers, run_model
+from .timing import Quantiles
+
+TRAIN_IMAGES, TEST_IMAGES = 5394, 5794
+"""CUB-200-2011 as the official code splits it: 90 % of the training part, and the test part."""
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """What was measured of one source with one method: images per second, one value a round."""
+
+    provider: str
+    precision: str
+    source: str
+    mode: str
+    together: list[float]
+    pipeline: list[float]
+    model: list[float]
+
+
+def measure(
+    case: StepCase,
+    chosen: Sequence[StepProvider],
+    data: dict[str, list[Path] | Cache],
+    *,
+    rounds: int,
+    workers: int,
+) -> Iterator[Rate]:
+    """Measure every method with every source, training and test apart.
+
+    Args:
+        case: model, batch and device; the mode is not looked at.
+        chosen: the methods.
+        data: images by source.
+        rounds: passes over the images for every figure.
+        workers: processes that read files.
+
+    Yields:
+        One rate per source, mode and method.
+    """
+    device = torch.device(case.device)
+    runners = {provider.name: Runner(case, provider) for provider in chosen}
+    for (source, images), mode in itertools.product(data.items(), ("train", "eval")):
+
+        def epoch(source: str = source, images: Any = images, mode: str = mode) -> Iterator[Batch]:
+            options = {"batch": case.batch, "workers": workers, "train": mode == "train"}
+            return batches(source, images, device, **options)
+
+        first = next(iter(epoch()))
+        found: dict[str, Rate] = {
+            p.name: Rate(p.name, p.precision, source, mode, [], [], []) for p in chosen
+        }
+        for runner in runners.values():
+            runner.use(mode)
+            runner.run(*first)
+        for _ in range(rounds):
+            for name, runner in runners.items():
+                runner.use(mode)
+                rate = found[name]
+                rate.together.append(images_per_second(epoch(), runner.run, device))
+                rate.pipeline.append(images_per_second(epoch(), None, device))
+                rate.model.append(images_per_second([first] * 2, runner.run, device))
+        yield from found.values()
+
+
+def images_per_second(
+    epoch: Iterable[Batch], run: Callable[[Tensor, Tensor], Any] | None, device: torch.device
+) -> float:
+    """Go through batches, with the model or without, and return the rate."""
+    count, start = 0, time.perf_counter()
+    for images, labels in epoch:
+        if run is not None:
+            run(images, labels)
+        count += len(images)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return count / (time.perf_counter() - start)
+
+
+class Runner:
+    """A method with its optimiser."""
+
+    def __init__(self, case: StepCase, provider: StepProvider) -> None:
+        self._precision = provider.precision
+        self._model = build_model(case, provider)
+        self._run: Any = torch.compile(self._model) if provider.compiled else self._model
+        parameters = self._model.trainable_parameters()
+        self._optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        self._train = True
+
+    def use(self, mode: str) -> None:
+        """Switch to "train" or "eval"."""
+        self._train = mode == "train"
+        self._model.train(self._train)
+        self._model.set_epoch(0)
+
+    def run(self, images: Tensor, labels: Tensor) -> None:
+        """Train or test on a batch."""
+        if not self._train:
+            with torch.inference_mode():
+                run_model(self._run, images, self._precision)
+            return
+        self._optimizer.zero_grad(set_to_none=True)
+        loss_of(self._run, images, labels, self._precision).backward()
+        self._optimizer.step()
+
+
+def rows_of(case: StepCase, rate: Rate, images: int, where: Provenance) -> list[Row]:
+    """Return the rows of a rate: seconds for CUB's number of images, and the three rates."""
+    total = TRAIN_IMAGES if rate.mode == "train" else TEST_IMAGES
+    seconds = [total / value for value in rate.together]
+    figures = {
+        ("seconds per epoch", "s"): seconds,
+        ("rate with pipeline", "images/s"): rate.together,
+        ("rate of the pipeline alone", "images/s"): rate.pipeline,
+        ("rate of the model alone", "images/s"): rate.model,
+    }
+    return [
+        Row(
+            command="epoch",
+            operation=f"epoch from {rate.source}",
+            shape=f"{case.model}-{case.dataset}-b{case.batch}-n{images}",
+            dtype=rate.precision,
+            mode=rate.mode,
+            provider=rate.provider,
+            metric=metric,
+            unit=unit,
+            p20=figure.p20,
+            p50=figure.p50,
+            p80=figure.p80,
+            samples=figure.samples,
+            provenance=where,
+        )
+        for (metric, unit), values in figures.items()
+        for figure in [Quantiles.of(values)]
+    ]
+
+
+def table(rates: Sequence[Rate], images: int) -> str:
+    """Return the table that is printed."""
+    width = max(len(rate.provider) for rate in rates) + 2
+    lines = [
+        f"{'provider':<{width}}{'source':<8}{'mode':<7}{'s/epoch':>9}{'speed':>8}"
+        f"{'images/s':>10}{'pipeline':>10}{'model':>10}"
+    ]
+    for rate in rates:
+        together, pipeline, model = (
+            statistics.median(values) for values in (rate.together, rate.pipeline, rate.model)
+        )
+        same = [r for r in rates if (r.source, r.mode) == (rate.source, rate.mode)]
+        speed = together / statistics.median(same[0].together)
+        total = TRAIN_IMAGES if rate.mode == "train" else TEST_IMAGES
+        lines.append(
+            f"{rate.provider:<{width}}{rate.source:<8}{rate.mode:<7}{total / together:>9.1f}"
+            f"{speed:>7.2f}x{together:>10.1f}{pipeline:>10.1f}{model:>10.1f}"
+        )
+    scaled = "" if images >= TRAIN_IMAGES else f", scaled up from {images} images"
+    lines.append(f"s/epoch: for {TRAIN_IMAGES:,} training, {TEST_IMAGES:,} test images{scaled}")
+    lines.append("pipeline, model: images/s of either alone; speed: against the first provider")
+    return "\n".join(lines)
+
+
+DEFAULT_PROVIDERS = ("tcpa", "VPT + TCPA", "VPT-deep", "VFPT", "frozen ViT")
+
+
+@command("tcpa-bench epoch")
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line."""
+    default = StepCase()
+    parser = argparse.ArgumentParser(prog="tcpa-bench epoch", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=default.model, help="timm name of the backbone")
+    parser.add_argument("--batch", type=int, default=8, help="images a step")
+    parser.add_argument("--images", type=int, default=32, help=f"photos; CUB has {TRAIN_IMAGES:,}")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument("--source", nargs="+", default=list(SOURCES), choices=SOURCES)
+    parser.add_argument("--workers", type=int, default=2, help="processes that read files")
+    parser.add_argument("--rounds", type=int, default=2, help="passes for every figure")
+    parser.add_argument("--provider", nargs="+", default=[], metavar="TEXT", help="only these")
+    parser.add_argument("--results", type=Path, help="file to append the results to, JSON lines")
+    options = parser.parse_args(argv)
+    for name, least in (("batch", 1), ("rounds", 1), ("workers", 0), ("images", options.batch)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name}: got {getattr(options, name)}, expected at least {least}")
+    if not timm.is_model(options.model):
+        parser.error(f"--model: timm does not know {options.model!r}; see timm.list_models()")
+    device = usable_device(options.device)
+    case = StepCase(model=options.model, batch=options.batch, device=str(device))
+    available = providers(options.precision, device.type)
+    chosen = choose(available, options.provider)
+    if not options.provider:
+        chosen = [p for p in available if p is available[0] or p.name in DEFAULT_PROVIDERS]
+    sources = [s for s in options.source if s != "device" or device.type != "cpu"]
+    results, where = Results(options.results), provenance(device)
+    print(f"{options.model}, batch {options.batch}, {where.device}, torch {where.torch}")
+    found: list[Rate] = []
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as at_end:
+        at_end.callback(lambda: found and print(table(found, options.images)))
+        paths = write_photos(Path(folder), options.images)
+        cache = Cache.of(paths) if set(sources) - {"disk"} else None
+        data: dict[str, Any] = {"disk": paths, "cache": cache}
+        if "device" in sources and cache is not None:
+            data["device"] = cache.to(device)
+        data = {source: data[source] for source in sources}
+        measured = measure(case, chosen, data, rounds=options.rounds, workers=options.workers)
+        for rate in measured:
+            found.append(rate)
+            results.add(rows_of(case, rate, options.images, where))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

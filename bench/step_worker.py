@@ -1,0 +1,179 @@
+"""A provider of `tcpa-bench step` in a process of its own, so that its peak memory is its own."""
+
+import contextlib
+import multiprocessing as mp
+import resource
+import signal
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..cli import UsageError
+from .kinds import time_by_kind
+from .step_providers import (
+    StepCase,
+    StepProvider,
+    build_model,
+    build_step,
+    loss_of,
+    make_batch,
+    run_model,
+)
+
+JUDGE_CHUNK = 8
+"""Images that the judge computes at once, so that its memory does not grow with the batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a step computed: the loss and all gradients (train), or the logits (eval)."""
+
+    values: dict[str, np.ndarray]
+    """float32 or float64, by name."""
+    trained: int
+    """Trained values of the model."""
+
+
+class Worker:
+    """A provider, or the judge of a method, in a process of its own."""
+
+    def __init__(self, case: StepCase, provider: StepProvider, *, judge: bool = False) -> None:
+        context = mp.get_context("spawn")
+        self.provider = provider
+        self._end, far = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(far, case, provider, judge), daemon=True
+        )
+        self._process.start()
+        far.close()
+
+    def answer(self) -> Answer:
+        """Wait for the first step and return what it computed."""
+        return self._receive()
+
+    def step(self) -> tuple[float, float]:
+        """Run a step; return its seconds and the peak memory so far in bytes."""
+        return self._ask("step")
+
+    def kinds(self) -> dict[str, float]:
+        """Run a step under the profiler; return seconds by kind of kernel."""
+        return self._ask("kinds")
+
+    def _ask(self, request: str) -> Any:
+        # When it is gone, receiving says why.
+        with contextlib.suppress(OSError):
+            self._end.send(request)
+        return self._receive()
+
+    def _receive(self) -> Any:
+        """Return the next answer.
+
+        Raises:
+            UsageError: the process reports that it cannot compute this, or is gone.
+        """
+        try:
+            answer = self._end.recv()
+        except (EOFError, OSError):
+            self._process.join(timeout=5)
+            raise UsageError(
+                f"provider {self.provider.name!r}: its process ended with exit code "
+                f"{self._process.exitcode} (-9 often means that memory ran out); try a smaller "
+                "--batch or --model"
+            ) from None
+        if isinstance(answer, str):
+            raise UsageError(answer)
+        return answer
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.join()
+
+
+def _serve(connection: Connection, case: StepCase, provider: StepProvider, judge: bool) -> None:
+    """Compute one step, then run steps on request."""
+    # An interruption is the other side's business.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if case.threads:
+        torch.set_num_threads(case.threads)
+    try:
+        model = build_model(case, provider)
+        if judge:
+            connection.send(_judge(case, provider, model))
+            return
+        step = build_step(case, provider, model)
+        answer = _answer(case, model, step())
+        # A second one: compilation and caches are done with after it.
+        step()
+    except Exception as error:
+        # Whatever keeps the first step from being made is what the user has to know.
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        connection.send(f"{provider.name}, --model {case.model} --batch {case.batch}: {reason}")
+        return
+    connection.send(answer)
+    device = torch.device(case.device)
+    # Until the other side is gone.
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            if connection.recv() == "kinds":
+                connection.send(time_by_kind(step, device))
+            else:
+                connection.send(_timed(step, device))
+
+
+def _timed(step: Any, device: torch.device) -> tuple[float, float]:
+    _wait(device)
+    start = time.perf_counter()
+    step()
+    _wait(device)
+    elapsed = time.perf_counter() - start
+    if device.type == "cuda":
+        return elapsed, float(torch.cuda.max_memory_allocated(device))
+    return elapsed, 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _answer(case: StepCase, model: Any, result: torch.Tensor) -> Answer:
+    """Collect what a step computed."""
+    if case.mode == "eval":
+        return Answer({"logits": _array(result)}, model.num_trainable)
+    gradients = {
+        name: _array(p.grad)
+        for name, p in model.trainable_named_parameters().items()
+        if p.grad is not None
+    }
+    return Answer({"loss": _array(result), **gradients}, model.num_trainable)
+
+
+def _judge(case: StepCase, provider: StepProvider, model: Any) -> Answer:
+    """Compute a step plainly, a few images at a time.
+
+    Loss and match distance are means over the images, so means over equal parts are the same.
+    """
+    images, labels = make_batch(case, model)
+    chunks = list(zip(images.split(JUDGE_CHUNK), labels.split(JUDGE_CHUNK), strict=True))
+    if case.mode == "eval":
+        model.eval()
+        with torch.no_grad():
+            logits = [run_model(model, part, provider.precision) for part, _ in chunks]
+        return _answer(case, model, torch.cat(logits))
+    loss = torch.zeros((), dtype=torch.float64, device=images.device)
+    for part, truth in chunks:
+        share = loss_of(model, part, truth, provider.precision) * (len(part) / len(images))
+        share.backward()
+        loss += share.detach()
+    return _answer(case, model, loss)
+
+
+def _array(tensor: torch.Tensor | None) -> np.ndarray:
+    assert tensor is not None
+    exact = tensor.detach().cpu()
+    return (exact if exact.dtype == torch.float64 else exact.float()).numpy().copy()
