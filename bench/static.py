@@ -7,7 +7,7 @@ in KiB; tensor-core instructions; programs per multiprocessor; the lower bound o
 microseconds and the pipe that sets it (B = 128 on one H200 or A100, see `sass.py`).
 
 Exit status 1: a promised kernel does not compile, exceeds the shared memory of its architecture,
-spills on sm_80 or sm_90, or has no wgmma on sm_90.
+spills on sm_80 or sm_90, or has no wgmma on sm_90. 2: nothing can be compiled.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..cli import UsageError, command, require_writable, write_results
 from ..kernels.launch import interpreting
 from ..kernels.static_case import Part, StaticCase
 from .sass import PROCESSORS, pipe_cycles, programs_per_processor, read_cubin
@@ -160,11 +161,32 @@ def _check(report: Report, case: StaticCase) -> None:
         report.failures.append("no wgmma instruction")
 
 
-def collect(architecture: str, dtype: str, only: str) -> Iterable[StaticCase]:
-    """Yield the cases of all kernel modules whose name contains `only`."""
+def collect(architecture: str, dtype: str) -> Iterator[StaticCase]:
+    """Yield the cases of all kernel modules."""
     for module in MODULES:
         cases = importlib.import_module(f"..kernels.{module}", __package__).static_cases
-        yield from (case for case in cases(architecture, DTYPES[dtype]) if only in case.name)
+        yield from cases(architecture, DTYPES[dtype])
+
+
+def select(
+    architectures: Sequence[str], dtypes: Sequence[str], only: str
+) -> list[tuple[StaticCase, str, str]]:
+    """Return the cases whose name contains `only`, each with its architecture and dtype.
+
+    Raises:
+        UsageError: there is none; the message lists what there is.
+    """
+    found = [
+        (case, architecture, dtype)
+        for architecture in dict.fromkeys(architectures)
+        for dtype in dict.fromkeys(dtypes)
+        for case in collect(architecture, dtype)
+    ]
+    chosen = [row for row in found if only in row[0].name]
+    if not chosen:
+        names = "\n".join(f"  {name}" for name in dict.fromkeys(case.name for case, *_ in found))
+        raise UsageError(f"--only: got {only!r}, expected a part of one of these names:\n{names}")
+    return chosen
 
 
 HEADER = (
@@ -189,6 +211,7 @@ def format_row(report: Report) -> str:
     return "\n    ".join([row, *remarks])
 
 
+@command("tcpa-bench static")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="tcpa-bench static", description=__doc__.split("\n")[0])
@@ -198,26 +221,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the reports to this file")
     options = parser.parse_args(argv)
     if interpreting():
-        print("tcpa-bench static: unset TRITON_INTERPRET; it keeps kernels from being compiled")
-        return 2
-    print(HEADER)
-    reports = []
-    for architecture in options.arch:
-        for dtype in options.dtype:
-            for case in collect(architecture, dtype, options.only):
-                reports.append(inspect(case, architecture, dtype))
-                print(format_row(reports[-1]), flush=True)
+        raise UsageError("unset TRITON_INTERPRET; it keeps kernels from being compiled")
+    rows = select(options.arch, options.dtype, options.only)
     if options.json is not None:
-        _write(options.json, reports)
+        require_writable(options.json, "--json")
+    print(HEADER, flush=True)
+    reports = []
+    try:
+        for row in rows:
+            reports.append(inspect(*row))
+            print(format_row(reports[-1]), flush=True)
+    finally:
+        # An interruption keeps what was compiled before.
+        if options.json is not None and reports:
+            _write(options.json, reports)
     failed = sum(report.promised and bool(report.failures) for report in reports)
     print(f"{len(reports)} kernels, {failed} broken promises")
-    return 0 if reports and not failed else 1
+    return int(failed > 0)
 
 
 def _write(path: Path, reports: list[Report]) -> None:
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     result = {**versions, "python": platform.python_version(), "kernels": [*map(asdict, reports)]}
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_results(path, json.dumps(result, indent=1) + "\n", "--json")
 
 
 if __name__ == "__main__":

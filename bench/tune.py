@@ -22,6 +22,7 @@ Exit status 1: a current row does not run or computes something else. 2: nothing
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
 import json
@@ -38,6 +39,7 @@ from typing import Any
 import torch
 import triton
 
+from ..cli import UsageError, command, require_writable
 from ..kernels import launch as table
 from ..kernels.launch import (
     DEFAULT,
@@ -66,10 +68,7 @@ MARGIN = 0.02
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
 """Largest difference of a result, as a part of its largest value."""
 FLUSH_BYTES = 256 * 2**20
-NO_DEVICE = (
-    "tcpa-bench tune: no CUDA device; launches are measured, not guessed; "
-    "--dry-run lists the candidates"
-)
+NO_DEVICE = "no CUDA device; launches are measured, not guessed; --dry-run lists the candidates"
 
 Clock = Callable[[Callable[[], object]], Callable[[], float]]
 """Prepares a launching function; what it returns measures it once, in microseconds."""
@@ -289,10 +288,18 @@ def store(path: Path, head: dict[str, str], row: dict[str, Any]) -> None:
     rows = read_measured(path)
     rows[row["operation"], row["dtype"], row["bucket"]] = row
     content = {**head, "rows": [rows[key] for key in sorted(rows)]}
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise UsageError(
+            f"--output: {path} could not be written ({error.strerror}); it holds the rows before "
+            f"this one: {json.dumps(row)}"
+        ) from None
 
 
 def _set_aside(path: Path) -> None:
@@ -345,6 +352,7 @@ def _list(rows: Sequence[Target], architecture: str) -> None:
             print(describe(target, launch) + "  current" * (launch == current))
 
 
+@command("tcpa-bench tune")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="tcpa-bench tune", description=__doc__.split("\n")[0])
@@ -357,7 +365,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.rounds < 2:
         parser.error(f"--rounds: got {options.rounds}, expected at least 2")
-    rows = list(targets(options.operation, options.dtype, options.bucket))
+    rows = list(dict.fromkeys(targets(options.operation, options.dtype, options.bucket)))
     if not rows:
         parser.error("--operation, --bucket: no row of the launch table has both")
     present = torch.cuda.is_available()
@@ -366,19 +374,17 @@ def main(argv: list[str] | None = None) -> int:
         try:
             read_measured(table.FOLDER / f"{architecture}.json")
         except ValueError as error:
-            print(f"tcpa-bench tune: {error}", file=sys.stderr)
-            return 2
+            raise UsageError(str(error)) from None
     if options.dry_run:
         _list(rows, architecture)
         return 0
     if not present:
-        print(NO_DEVICE, file=sys.stderr)
-        return 2
+        raise UsageError(NO_DEVICE)
     if interpreting():
-        print("tcpa-bench tune: unset TRITON_INTERPRET; it is not the GPU", file=sys.stderr)
-        return 2
+        raise UsageError("unset TRITON_INTERPRET; it is not the GPU")
     device = torch.device("cuda", torch.cuda.current_device())
     path = options.output / f"{architecture}.json"
+    require_writable(path)
     return run(rows, device, path, machine(device), device_clock, options.rounds)
 
 

@@ -85,7 +85,9 @@ def row(
 # queries: 126, 64 KB -> 2 of 8 warps; it reads K and V half as often from L2 as 64 queries do
 # (124 -> 3 of 4 warps). dq 64 queries: 151, 57 KB -> 3. dkv 64 keys against 32 queries: 168,
 # 33 KB -> 3, where 64 queries take 247 -> 2. Eight warps never share 64 rows: the products would be
-# computed twice. float32 products run on the ordinary units: small blocks, few registers.
+# computed twice. float32 products run on the ordinary units: small blocks, few registers. Rows of
+# dkv with one stage spill neither with Triton 3.9 nor with 3.6, where two stages do; at head dim 80
+# on sm_80 that needs 64 queries and 32 keys (bound 1295 us against 1122).
 _M64_N64 = {"BLOCK_M": 64, "BLOCK_N": 64}
 _M128_N64 = {"BLOCK_M": 128, "BLOCK_N": 64}
 _M32_N64 = {"BLOCK_M": 32, "BLOCK_N": 64}
@@ -110,6 +112,10 @@ GATED_ATTENTION: tuple[Row, ...] = (
     row("gated_attention_dkv", "default", "half", "d128", _M32_N64, 4, 2),
     row("gated_attention_dkv", "default", "float", "d64", _M32_N32, 4, 2),
     row("gated_attention_dkv", "default", "float", "d128", _M32_N32, 4, 2),
+    row("gated_attention_dkv", "sm_80", "half", "d64", _M32_N64, 4, 1),
+    row("gated_attention_dkv", "sm_80", "half", "d128", _M64_N32, 4, 1),
+    row("gated_attention_dkv", "sm_90", "half", "d128", _M32_N64, 4, 1),
+    row("gated_attention_dkv", "gfx942", "half", "d128", _M32_N64, 4, 1),
     row("gated_attention_prompt_sum", "default", "float", "all", _B16_X128, 4, 2),
 )
 
@@ -121,7 +127,7 @@ LAUNCHES: tuple[Row, ...] = (*GATED_ATTENTION,)
 # row stays in registers. The bucket is the largest C. Fewer warps share a row with less to add up;
 # more of them hold a wider row without spills. Offline on sm_90 at C = 768 (registers, programs per
 # multiprocessor, bound of the busiest pipe): forward 4 warps 194, 2, 21 us; 8 warps 30 us; 2 warps
-# spill. Gradient of x: 8 warps 178, 1, 17 us; 4 warps spill for float16.
+# spill. Gradient of x: 8 warps 168, 1, 17 us; 4 warps spill for float16.
 _SLICES = {"c192": (1, 2), "c384": (2, 4), "c768": (4, 8), "c4096": (8, 8)}
 _WIDE_SLICES = {"c192": (2, 4), "c384": (4, 8), "c768": (8, 8), "c4096": (8, 8)}
 MATCHING: tuple[Row, ...] = (

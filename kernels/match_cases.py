@@ -103,10 +103,11 @@ def _case(
     signature = static_signature(kernel, dtype, constants, POINTERS)
     signature |= {name: "fp32" for name in FLOATS if name in signature}
     unaligned = tuple(name for name in ("stride_gb", "stride_gl", "stride_gw") if name in signature)
-    # Products are 16 rows high, one slice of C per warp: mma, never wgmma, whose tile is 64 rows.
+    # Tiles of tokens are 16 rows high, one slice of C per warp: mma, never wgmma, which takes 64.
+    wgmma = operation == "match_keys_bwd"
     return StaticCase(
         name=f"{operation} {shape.name}", kernel=kernel, signature=signature, constants=constants,
-        launch=launch, promised=True, tensor_core=False, parts=(part,), unaligned=unaligned,
+        launch=launch, promised=True, tensor_core=wgmma, parts=(part,), unaligned=unaligned,
     )  # fmt: skip
 
 

@@ -9,6 +9,11 @@ float16 number per element (two of them for float32 x), a unit key is the sum of
 are exact, so with u = 2 ** -24 the error of s is at most (C / 8 + 40) u: 4 u for the splits, 2 u
 for each of the C / 16 accumulations (which may truncate), the rest for both norms.
 
+Tiles of 64 rows, which wgmma takes, were compiled for sm_90 and not kept (norm_match, bfloat16,
+C = 768, B = 128; registers, programs per multiprocessor, lower bound; 16 rows: 194, 2, 21 us). Rows
+held by 8 warps: 253, 1, 13 us, nothing to overlap the loads with, and 115 stores spill at C = 1024.
+Rows read once per sum: 160, 3, 17 us, but three reads of x, and the bound does not count memory.
+
 Axes: B batch, L tokens, M tile rows, R pool entries, C width, W gate words.
 Names in kernels: i_ index, o_ offsets, m_ mask, p_ pointers, b_ block in registers.
 """
@@ -125,7 +130,9 @@ def match_prompts_fwd_kernel(
     i_b, i_l = (o_i // count).to(tl.int64), first + o_i % count
     # What is left of 1 / |x| once both scales are undone, exactly.
     UNSCALE: tl.constexpr = 1.0 / (KEY_SCALE * 2**ROW_EXPONENT)
-    b_unscale = tl.reshape(mantissa(b_inverse) * UNSCALE, [BLOCK_M])
+    # Products with an infinite element must not pass for similarities: times 0 they are NaN.
+    b_unscale = tl.where(b_norm2 < float("inf"), mantissa(b_inverse) * UNSCALE, 0.0)
+    b_unscale = tl.reshape(b_unscale, [BLOCK_M])
     o_r = tl.arange(0, BLOCK_R)
     # [M, R] fp32
     b_similarity = tl.sum(b_sum, 0) * b_unscale[:, None]
@@ -140,7 +147,9 @@ def match_prompts_fwd_kernel(
     else:
         top_k = tl.where(is_cls, cls_top_k, image_top_k)
         b_order = preference(b_similarity, (o_r < pool)[None, :], FARTHEST)
-        m_selected = m_entry & (rank_entries(b_order) < top_k)
+        # One warp, or two that also normalise, have no registers for all pairs of 32 entries.
+        WHOLE: tl.constexpr = 16 if SLICES == 1 or (NORM and SLICES == 2) else 32
+        m_selected = m_entry & (rank_entries(b_order, WHOLE) < top_k)
         for i_word in range(num_words):
             b_bits = entry_bits(o_r, first_bit, length, i_word)
             b_word = tl.sum(tl.where(m_selected, b_bits[None, :], 0), 1)

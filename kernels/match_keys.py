@@ -55,7 +55,10 @@ def match_prompts_dkeys_kernel(
     C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Add x / |x| over the rows of a slab that select an entry, for some columns, `[R, C]`."""
+    """Add x / |x| over the rows of a slab that select an entry, for some columns.
+
+    The sum is held as `[C, R]`: C is the side of a product that is long enough for wgmma.
+    """
     EXACT: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth == 16
     i_slab = tl.program_id(0)
     is_cls, o_first, first, count = pick_role(
@@ -66,8 +69,8 @@ def match_prompts_dkeys_kernel(
     length = tl.where(is_cls, cls_length, image_length)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     o_r = tl.arange(0, BLOCK_R)
-    # [R, C] fp32
-    b_sum = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    # [C, R] fp32
+    b_sum = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
     num_rows = tl.minimum(batch * count - o_first, BLOCK_M * STEPS)
     for o_step in range(0, num_rows, BLOCK_M):
         o_i = o_first + o_step + tl.arange(0, BLOCK_M)
@@ -88,14 +91,14 @@ def match_prompts_dkeys_kernel(
         b_weight = mantissa(b_inverse)
         b_high, b_low = split_half(tl.where(m_selected, b_weight[:, None], 0.0))
         b_x_high, b_x_low = split_half(b_x.to(tl.float32) * b_scale[:, None])
-        # [R, M] @ [M, C] -> [R, C]; small terms first.
+        # [C, M] @ [M, R] -> [C, R]; small terms first.
         if not EXACT:
-            b_sum = tl.dot(tl.trans(b_low), b_x_low, b_sum)
-            b_sum = tl.dot(tl.trans(b_high), b_x_low, b_sum)
-        b_sum = tl.dot(tl.trans(b_low), b_x_high, b_sum)
-        b_sum = tl.dot(tl.trans(b_high), b_x_high, b_sum)
-    p_sum = p_partial + (i_slab.to(tl.int64) * max_pool + o_r[:, None]) * C + o_c[None, :]
-    m_sum = (o_r < pool)[:, None] & (o_c < C)[None, :]
+            b_sum = tl.dot(tl.trans(b_x_low), b_low, b_sum)
+            b_sum = tl.dot(tl.trans(b_x_low), b_high, b_sum)
+        b_sum = tl.dot(tl.trans(b_x_high), b_low, b_sum)
+        b_sum = tl.dot(tl.trans(b_x_high), b_high, b_sum)
+    p_sum = p_partial + (i_slab.to(tl.int64) * max_pool + o_r[None, :]) * C + o_c[:, None]
+    m_sum = (o_r < pool)[None, :] & (o_c < C)[:, None]
     tl.store(p_sum, b_sum * (1.0 / 2**ROW_EXPONENT), mask=m_sum)
 
 
@@ -123,7 +126,7 @@ def _unit_keys_bwd_kernel(
     b_unit_grad = tl.sum(b_sums, 0) * (-tl.load(p_ddistance) / count)
     p_key = p_keys + i_key.to(tl.int64) * C + o_c
     b_key = tl.load(p_key, mask=m_c, other=0.0).to(tl.float32)
-    b_key += tl.load(p_key + num_keys.to(tl.int64) * C, mask=m_c, other=0.0).to(tl.float32)
+    b_key += tl.load(p_key + tl.cast(num_keys, tl.int64) * C, mask=m_c, other=0.0).to(tl.float32)
     b_key *= 1.0 / KEY_SCALE
     inverse = tl.load(p_inverse + i_key)
     # A norm that was clamped is a constant.

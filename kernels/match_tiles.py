@@ -188,11 +188,14 @@ def count_ahead(b_order, b_other, o_first):
 
 
 @triton.jit
-def rank_entries(b_order):
-    """Return the place of every entry of `[M, R]` in its row, 0 for the most preferred."""
+def rank_entries(b_order, WHOLE: tl.constexpr):
+    """Return the place of every entry of `[M, R]` in its row, 0 for the most preferred.
+
+    Up to WHOLE entries are compared with all others at once, more in two halves.
+    """
     M: tl.constexpr = b_order.shape[0]
     R: tl.constexpr = b_order.shape[1]
-    if R <= 32:
+    if R <= WHOLE:
         return count_ahead(b_order, b_order, 0)
     # One half after the other: all pairs at once would not fit the registers.
     b_halves = tl.permute(tl.reshape(b_order, [M, 2, R // 2]), (0, 2, 1))

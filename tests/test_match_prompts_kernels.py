@@ -101,11 +101,12 @@ def test_ties_go_to_the_lower_index():
 
 
 @allow_nan
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("selection", ["nearest", "farthest"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_rows_select_as_the_reference_and_stay_alone(value, selection):
+def test_non_finite_rows_select_as_the_reference_and_stay_alone(value, selection, dtype):
     case = Case(batch=3, selection=selection)
-    x, cls_keys, image_keys = make_inputs(case, torch.float32)
+    x, cls_keys, image_keys = make_inputs(case, dtype)
     clean, _ = match_prompts(x, cls_keys, image_keys, **case.settings)
     x[1, 0, 3], x[1, 7, 5] = value, value
     gate, distance = match_prompts(x, cls_keys, image_keys, **case.settings)

@@ -158,13 +158,16 @@ def test_selection_and_distance_are_those_of_match_prompts():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # Numpy announces NaN in the interpreter.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_non_finite_sample_stays_alone(value):
+def test_a_non_finite_sample_selects_as_the_reference_and_stays_alone(value, dtype):
     case = Case(batch=3)
-    inputs, affine = make_inputs(case, torch.float32), make_affine(64)
+    inputs, affine = make_inputs(case, dtype), make_affine(64)
     clean = run(norm_match, inputs, affine, case)
     inputs[0][1, 7, 5] = value
     spoilt = run(norm_match, inputs, affine, case)
+    expected, _ = match_prompts_reference(*inputs, **case.settings)
+    assert torch.equal(spoilt[1], expected)
     for index in (0, 1):
         assert torch.equal(spoilt[index][[0, 2]], clean[index][[0, 2]])
     assert torch.equal(spoilt[3]["x"][[0, 2]], clean[3]["x"][[0, 2]])

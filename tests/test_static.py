@@ -45,6 +45,56 @@ def test_compiles_for_amd():
     assert "mfma" in done.stdout
 
 
+# A launch compiles integers that are 1 in (one sample, one head, one key), as plain numbers without
+# methods; the interpreter never does. The kernels without a launch row are here too.
+SINGULAR = """
+import torch
+from tcpa.bench.static import *
+from tcpa.kernels import match_cases
+from tcpa.kernels.launch import Launch
+from tcpa.kernels.match_forward import _distance_kernel
+from tcpa.kernels.match_keys import _unit_keys_bwd_kernel, _unit_keys_kernel
+from tcpa.kernels.static_case import static_signature
+
+KEYS = {"C": 100, "BLOCK_C": 128}
+SMALL = {
+    _unit_keys_kernel: KEYS,
+    _unit_keys_bwd_kernel: {**KEYS, "BLOCK_SLABS": 8},
+    _distance_kernel: {"BLOCK": 1024},
+}
+POINTERS = {"p_parts": "*fp16", **dict.fromkeys(("p_inverse", "p_distance", "p_dkeys"), "*fp32")}
+
+
+def small_cases():
+    for kernel, constants in SMALL.items():
+        signature = static_signature(
+            kernel, torch.bfloat16, constants, {**match_cases.POINTERS, **POINTERS}
+        )
+        signature |= {name: "fp32" for name in match_cases.FLOATS if name in signature}
+        launch = Launch(blocks={}, num_warps=4, num_stages=2)
+        yield StaticCase(
+            name=kernel.__name__, kernel=kernel, signature=signature, constants=constants,
+            launch=launch, promised=True, tensor_core=False,
+        )
+
+
+def main(_):
+    cases = {case.kernel: case for case in collect("sm_90", "bf16")}
+    for case in (*small_cases(), *cases.values()):
+        integers = [name for name, kind in case.signature.items() if kind == "i32"]
+        for ones in ([], integers) if case.kernel in SMALL else (integers,):
+            part = Part(programs=1, trips=(), constants=dict.fromkeys(ones, 1))
+            compile_case(case, "sm_90", part)
+        print(case.kernel.__name__)
+"""
+
+
+def test_compiles_with_every_size_one():
+    done = run_static(script=SINGULAR)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.split()) == 10
+
+
 BROKEN = {
     "spills": ("blocks={'BLOCK_M': 128, 'BLOCK_N': 128}, num_warps=4", "sm_90", "FAIL spills"),
     "no_wgmma": ("blocks={'BLOCK_M': 16, 'BLOCK_N': 64}", "sm_90", "FAIL no wgmma"),
@@ -67,14 +117,39 @@ cases._launch = lambda *a: dataclasses.replace(choose(*a), {change})
     assert message in done.stdout
 
 
-def test_nothing_to_check_fails():
-    assert run_static("--only", "no such kernel").returncode == 1
+def test_a_name_of_nothing_is_refused_with_the_names_there_are(tmp_path):
+    done = run_static("--only", "zzz", "--json", str(tmp_path / "static.json"))
+    assert done.returncode == 2 and done.stdout == "" and not any(tmp_path.iterdir())
+    assert "--only: got 'zzz', expected a part of one of these names:" in done.stderr
+    assert f"  {FWD}\n" in done.stderr
+
+
+def test_an_unwritable_file_is_refused_before_compiling(tmp_path):
+    done = run_static("--only", FWD, "--json", str(tmp_path))
+    assert done.returncode == 2 and done.stdout == ""
+    assert f"tcpa-bench static: --json: got {tmp_path}, expected a file" in done.stderr
+
+
+def test_an_interruption_keeps_what_was_compiled(tmp_path):
+    script = """
+from tcpa.bench import static
+from tcpa.bench.static import *
+def stop(case, architecture, dtype):
+    if case.name.endswith("_cls"):
+        raise KeyboardInterrupt
+    return Report(name=case.name, architecture=architecture, dtype=dtype, promised=True)
+static.inspect = stop
+"""
+    path = tmp_path / "static.json"
+    done = run_static("--only", FWD, "--json", str(path), script=script)
+    assert done.returncode == 130 and done.stderr == "tcpa-bench static: interrupted\n"
+    assert [row["name"] for row in json.loads(path.read_text())["kernels"]] == [FWD]
 
 
 def test_refuses_the_interpreter(monkeypatch, capsys):
     monkeypatch.setattr(static, "interpreting", lambda: True)
     assert static.main([]) == 2
-    assert "unset TRITON_INTERPRET" in capsys.readouterr().out
+    assert "unset TRITON_INTERPRET" in capsys.readouterr().err
 
 
 def test_shared_memory_over_the_limit_is_a_failure():

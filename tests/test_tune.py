@@ -11,6 +11,8 @@ from tcpa.bench.tune_cases import AttentionShape, MatchShape, Target
 from tcpa.kernels import launch
 from tcpa.kernels.launch import Launch, choose_launch, override
 
+from tcpa.cli import UsageError
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 runs_kernels = pytest.mark.skipif(
     DEVICE.type == "cpu" and not launch.interpreting(), reason="needs a GPU or TRITON_INTERPRET=1"
@@ -352,6 +354,22 @@ def test_a_damaged_file_is_set_aside_and_measured_anew(folder, capsys):
     assert (folder / "sm_77.json.damaged").read_text() == "{"
     assert len(launch.read_measured(folder / "sm_77.json")) == 1
     assert "kept as" in capsys.readouterr().out
+
+
+def test_a_row_that_cannot_be_stored_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"--output: .* could not be written .*\"median_us\": 10"):
+        tune.store(tmp_path / "file" / "sm_77.json", HEAD, ROW)
+
+
+def test_an_unwritable_folder_is_refused_before_measuring(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tune, "architecture_of", lambda device: "sm_77")
+    monkeypatch.setattr(tune, "interpreting", lambda: False)
+    assert tune.main(["--output", str(tmp_path / "file")]) == 2
+    assert "--output: got " in capsys.readouterr().err
 
 
 def test_without_a_gpu_nothing_is_measured(folder, monkeypatch, capsys):
