@@ -29,9 +29,9 @@ from torch import Tensor
 
 from ..cli import command
 from .epoch_data import SOURCES, Cache, batches, write_photos
+from .providers.step import StepCase, StepProvider, build_model, loss_of, providers, run_model
 from .results import Provenance, Results, Row, provenance
 from .step import choose, usable_device
-from .step_providers import StepCase, StepProvider, build_model, loss_of, providers, run_model
 from .timing import Quantiles
 
 TRAIN_IMAGES, TEST_IMAGES = 5394, 5794

@@ -1,5 +1,6 @@
 """Where the time of a step goes: kernels by kind, from one profiled run."""
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -52,6 +53,8 @@ def time_by_kind(step: Callable[[], Any], device: torch.device) -> dict[str, flo
         it spends itself, without the operators that it calls.
     """
     gpu = device.type == "cuda"
+    # Its remarks on starting, stopping and absent GPUs are not for the reader of the table.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with profile(activities=activities, acc_events=True) as profiler:
         step()

@@ -28,8 +28,8 @@ import torch
 from tcpa import HTA_DATASETS, Savings
 
 from ..cli import UsageError, command
+from .providers.step import StepCase, StepProvider, providers
 from .results import Provenance, Results, Row, provenance
-from .step_providers import StepCase, StepProvider, providers
 from .step_worker import Answer, Worker
 from .timing import Quantiles
 

@@ -1,6 +1,7 @@
 """A provider of `tcpa-bench step` in a process of its own, so that its peak memory is its own."""
 
 import contextlib
+import functools
 import multiprocessing as mp
 import resource
 import signal
@@ -14,7 +15,7 @@ import torch
 
 from ..cli import UsageError
 from .kinds import time_by_kind
-from .step_providers import (
+from .providers.step import (
     StepCase,
     StepProvider,
     build_model,
@@ -42,7 +43,7 @@ class Worker:
     """A provider, or the judge of a method, in a process of its own."""
 
     def __init__(self, case: StepCase, provider: StepProvider, *, judge: bool = False) -> None:
-        context = mp.get_context("spawn")
+        context = _context()
         self.provider = provider
         self._end, far = context.Pipe()
         self._process = context.Process(
@@ -92,6 +93,16 @@ class Worker:
         """End the process."""
         self._process.terminate()
         self._process.join()
+
+
+@functools.cache
+def _context() -> Any:
+    """Return how processes are started: from one that has done the imports, and nothing else."""
+    if "forkserver" not in mp.get_all_start_methods():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _serve(connection: Connection, case: StepCase, provider: StepProvider, judge: bool) -> None:

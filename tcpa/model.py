@@ -318,9 +318,9 @@ class PromptedViT(nn.Module):
                 f"hooks on {', '.join(hooked)} would not be called: tcpa calls the layers of a "
                 "block one by one; put them on a block's norm2, mlp or attn.proj, or remove them"
             )
-        config = self.config
-        matching = isinstance(config, TCPAConfig) and config.coordination == "token"
-        random_epochs = config.random_selection_epochs if matching else 0
+        config, random_epochs = self.config, 0
+        if isinstance(config, TCPAConfig) and config.coordination == "token":
+            random_epochs = config.random_selection_epochs
         if self.training and random_epochs and not self._knows_epoch:
             self._knows_epoch = True
             _log.warning(

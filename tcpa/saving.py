@@ -122,8 +122,8 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-        values = tensor.detach().cpu().contiguous()
-        digest.update(values.reshape(-1).view(torch.uint8).numpy())
+        values: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(values)
     return digest.hexdigest()
 
 
@@ -197,9 +197,10 @@ def _create_backbone(
             f"backbone: got none, and timm does not know {name!r}, on which the adapter was "
             "trained; pass backbone=..."
         )
-    arguments = {"img_size": image_size} if image_size else {}
+    if image_size:
+        options = options | {"img_size": image_size}
     try:
-        return create_model(name, pretrained=True, tcpa=config, **options, **arguments)
+        return create_model(name, pretrained=True, tcpa=config, **options)
     except Exception as error:  # What a failed download raises differs between versions.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RuntimeError(
@@ -263,7 +264,7 @@ def _check_fields(values: dict[str, Any], schema: dict[str, Any], where: str) ->
         words = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
         require(fits, f"{where}{name}", json.dumps(value), words, remedy)
         if isinstance(kind, dict):
-            _check_fields(value, kind, f"{where}{name}.")
+            _check_fields(values[name], kind, f"{where}{name}.")
 
 
 def _config_of(saved: dict[str, Any], path: Path) -> PromptConfig | None:

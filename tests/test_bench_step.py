@@ -11,6 +11,14 @@ from models import ARCHITECTURES
 from tcpa.bench import __main__ as cli
 from tcpa.bench import step, step_worker
 from tcpa.bench.kinds import GAPS, KINDS, REST, add_up, kind_of, time_by_kind
+from tcpa.bench.providers.step import (
+    StepCase,
+    StepProvider,
+    build_model,
+    fold_norms,
+    providers,
+    tcpa_steps,
+)
 from tcpa.bench.results import load, provenance
 from tcpa.bench.step import (
     StepResult,
@@ -23,14 +31,6 @@ from tcpa.bench.step import (
     measure,
     rows_of,
     table,
-)
-from tcpa.bench.step_providers import (
-    StepCase,
-    StepProvider,
-    build_model,
-    fold_norms,
-    providers,
-    tcpa_steps,
 )
 from tcpa.bench.step_worker import Answer, Worker
 

@@ -8,25 +8,26 @@ from dataclasses import replace
 import pytest
 import torch
 from tcpa.train.__main__ import main
-from tcpa.train.demo import probe, run
+from tcpa.train.demo import probe, run, tune
 from tcpa.train.demo.backbone import load_backbone
 from tcpa.train.demo.config import DemoConfig
-from tcpa.train.demo.data import load_digits, make_split
+from tcpa.train.demo.data import FOLDS, load_digits, make_split
 from tcpa.train.demo.engine import Epoch, learning_rate_factor, predict, train_method
 from tcpa.train.demo.report import Row, verdict
 from tcpa.train.demo.tasks import (
-    LEARNING_RATES,
     PROMPTS,
+    TUNED,
     Task,
     chosen_methods,
+    probe_strength,
     run_task,
     run_tasks,
     split_on,
 )
-from tcpa.train.demo.tune import best_rate
-from tcpa.train.usage import UsageError
+from tcpa.train.demo.tune import best_pair
 
 import tcpa
+from tcpa.cli import UsageError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -70,14 +71,20 @@ def test_test_images_are_all_but_the_first_hundred_of_each_digit() -> None:
     assert test[test_labels == 3].equal(threes[100:])
 
 
-def test_validation_never_sees_a_test_image() -> None:
-    train, _, test, _ = make_split("test")
-    first, first_labels, held, held_labels = make_split("validation")
-    assert first_labels.bincount().tolist() == [80] * 10
-    assert held_labels.bincount().tolist() == [20] * 10
-    assert rows_of(first) | rows_of(held) == rows_of(train)
-    assert not (rows_of(first) | rows_of(held)) & rows_of(test)
-    assert not rows_of(first) & rows_of(held)
+def test_folds_are_blocks_of_the_training_images_and_never_see_a_test_image() -> None:
+    train, train_labels, test, _ = make_split("test")
+    measured = []
+    for number, fold in enumerate(FOLDS):
+        first, first_labels, held, held_labels = make_split(fold)
+        assert first_labels.bincount().tolist() == [75] * 10
+        assert held_labels.bincount().tolist() == [25] * 10
+        assert rows_of(first) | rows_of(held) == rows_of(train)
+        assert not rows_of(first) & rows_of(held)
+        block = train[train_labels == 7][25 * number : 25 * (number + 1)]
+        assert held[held_labels == 7].equal(block)
+        measured.append(held)
+    assert rows_of(torch.cat(measured)) == rows_of(train)
+    assert not rows_of(train) & rows_of(test)
 
 
 def test_learning_rate_rises_then_falls_to_zero() -> None:
@@ -99,47 +106,58 @@ def test_methods_are_compared_fairly() -> None:
     assert ours.prompts.prompt_dropout == 0
 
 
-def test_learning_rates_are_the_best_of_the_recorded_grid() -> None:
-    record = json.loads(LEARNING_RATES.read_text(encoding="utf-8"))
-    measured = record["validation_accuracy"]
+def test_the_settings_are_the_best_of_the_recorded_grid() -> None:
+    record = json.loads(TUNED.read_text(encoding="utf-8"))
+    measured = record["accuracy_on_folds"]
     assert record["chosen"].keys() == measured.keys() == PROMPTS.keys()
-    for name, rates in measured.items():
-        by_rate = {float(rate): accuracy for rate, accuracy in rates.items()}
-        assert sorted(by_rate) == sorted(record["grid"])
-        assert record["chosen"][name] == best_rate(by_rate)
+    for name, rows in measured.items():
+        by_pair = {(rate, decay): accuracy for rate, decay, accuracy in rows}
+        grid = itertools.product(record["learning_rates"], record["weight_decays"])
+        assert sorted(by_pair) == sorted(grid)
+        chosen = record["chosen"][name]
+        assert (chosen["learning_rate"], chosen["weight_decay"]) == best_pair(by_pair)
     assert record["epochs"] == DemoConfig().epochs
-    assert {m.name: m.learning_rate for m in chosen_methods()} == record["chosen"]
+    for method in chosen_methods():
+        chosen = record["chosen"][method.name]
+        assert (method.learning_rate, method.weight_decay) == tuple(chosen.values())
 
 
-def test_converged_probe_is_the_best_penalty_of_validation(monkeypatch) -> None:
+def test_the_penalty_of_the_converged_probe_is_the_best_on_the_folds(monkeypatch) -> None:
     asked = []
 
     def measure(part, strength):
         asked.append((part, strength))
         return {0.1: 90.0, 10.0: 92.0}.get(strength, 50.0)
 
-    monkeypatch.setattr(probe, "_fit_and_measure", measure)
-    assert probe.converged_probe("test") == 92.0
-    assert asked == [("validation", s) for s in probe.STRENGTHS] + [("test", 10.0)]
+    monkeypatch.setattr(probe, "converged_probe", measure)
+    assert probe.best_strength() == 10.0
+    assert asked == [(fold, strength) for strength in probe.STRENGTHS for fold in FOLDS]
+    assert probe_strength() in probe.STRENGTHS
 
 
 def test_converged_probe_reads_digits() -> None:
-    assert probe._fit_and_measure("quick", 1.0) > 60
+    assert probe.converged_probe("quick", 1.0) > 60
 
 
-def test_a_tie_goes_to_the_smaller_rate() -> None:
-    assert best_rate({0.1: 88.0, 0.03: 88.0, 0.01: 87.0}) == 0.03
-    assert best_rate({0.1: 88.5, 0.03: 88.0}) == 0.1
+def test_a_tie_goes_to_the_smaller_rate_then_decay() -> None:
+    assert best_pair({(0.1, 0.0): 88.0, (0.03, 0.5): 88.0, (0.01, 0.5): 87.0}) == (0.03, 0.5)
+    assert best_pair({(0.1, 0.5): 88.0, (0.1, 0.1): 88.0}) == (0.1, 0.1)
+    assert best_pair({(0.1, 0.5): 88.5, (0.03, 0.5): 88.0}) == (0.1, 0.5)
 
 
-def test_tuning_writes_a_record_of_the_whole_grid(tmp_path, capsys) -> None:
-    file = tmp_path / "new" / "rates.json"
-    arguments = ["--grid", "0.0001", "0.1", "--seeds", "0", "--epochs", "1"]
-    assert main(["tune-demo", *arguments, "--output", str(file)]) == 0
+def test_tuning_writes_a_record_of_the_whole_grid(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(tune, "best_strength", lambda: 7.0)
+    file = tmp_path / "new" / "tuned.json"
+    grid = ["--learning-rates", "0.0001", "0.1", "--weight-decays", "0.1"]
+    assert main(["tune-demo", *grid, "--epochs", "1", "--output", str(file)]) == 0
     record = json.loads(file.read_text(encoding="utf-8"))
-    assert all(set(rates) == {"0.0001", "0.1"} for rates in record["validation_accuracy"].values())
-    assert record["chosen"] == dict.fromkeys(PROMPTS, 0.1)
-    assert "linear probe: 0.1" in capsys.readouterr().out
+    for rows in record["accuracy_on_folds"].values():
+        assert [row[:2] for row in rows] == [[0.0001, 0.1], [0.1, 0.1]]
+    assert record["probe_strength"] == 7.0
+    assert record["chosen"] == {
+        name: {"learning_rate": 0.1, "weight_decay": 0.1} for name in PROMPTS
+    }
+    assert "linear probe, rate 0.1, decay 0.1 (" in capsys.readouterr().out
 
 
 def test_training_repeats_by_seed() -> None:
@@ -275,13 +293,19 @@ def test_command_prints_one_table(tmp_path, capsys) -> None:
         (["--seeds", "-3"], ("--seeds", "-3")),
         (["--device", "gpu"], ("--device", "'gpu'", "auto, cpu")),
         (["--device", "cuda:99"], ("--device", "cuda:99")),
-        (["--grid", "0.1", "0.1"], ("--grid", "different numbers")),
-        (["--grid", "-1"], ("--grid", "-1")),
+        (["--learning-rates", "0.1", "0.1"], ("--learning-rates", "different numbers")),
+        (["--learning-rates", "-1"], ("--learning-rates", "-1")),
+        (["--learning-rates", "0.1", "nan"], ("--learning-rates", "0.1, nan", "between 0 and 10")),
+        (["--weight-decays", "-0.1"], ("--weight-decays", "from 0 to less than 10")),
+        (["--learning-rates"], ("--learning-rates: got no value", "leave --learning-rates out")),
+        (["--seeds"], ("--seeds: got no value", "leave --seeds out")),
+        (["--seeds", str(2**64)], ("--seeds", "2**63 - 1")),
     ],
 )
 def test_bad_arguments_are_named(arguments, parts, tmp_path, capsys) -> None:
     output = tmp_path / "out"
-    command = "tune-demo" if arguments[0] == "--grid" else "demo"
+    tuned = arguments[0] in ("--learning-rates", "--weight-decays")
+    command = "tune-demo" if tuned else "demo"
     assert main([command, *arguments, "--output", str(output)]) == 2
     message = capsys.readouterr().err
     assert all(part in message for part in parts), message

@@ -165,6 +165,9 @@ def test_an_unwritable_file_is_refused_before_training(tmp_path, capsys) -> None
         (["--epochs", "0"], "--epochs"),
         (["--images-per-class", "0"], "--images-per-class"),
         (["--learning-rate", "-1"], "--learning-rate"),
+        (["--learning-rate", "inf"], "--learning-rate"),
+        (["--weight-decay", "nan"], "--weight-decay"),
+        (["--seed", str(2**64)], "--seed"),
     ],
 )
 def test_bad_arguments_are_named(arguments, name, capsys) -> None:

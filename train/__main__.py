@@ -7,8 +7,8 @@ import importlib
 import sys
 from typing import Annotated, Any, Union
 
+from ..cli import UsageError, command
 from .demo.config import DemoConfig, PretrainConfig, TuneConfig
-from .usage import UsageError
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
     "demo": (DemoConfig, ".demo.run", "run_demo"),
@@ -40,28 +40,21 @@ def parse(arguments: list[str] | None) -> tuple[str, Any]:
     return name, config
 
 
+@command("tcpa-train")
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit status (2: the request cannot be met)."""
     try:
         name, config = parse(arguments)
         _, module, function = COMMANDS[name]
         getattr(importlib.import_module(module, __package__), function)(config)
-    except UsageError as error:
-        print(f"tcpa-train: {error}", file=sys.stderr)
-        return 2
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        print(
-            f"tcpa-train: {package} is not installed (extra {EXTRAS[package]!r}); "
-            "run: pip install 'tcpa[train,plot]'",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("tcpa-train: interrupted", file=sys.stderr)
-        return 130
+        raise UsageError(
+            f"{package} is not installed (extra {EXTRAS[package]!r}); "
+            "run: pip install 'tcpa[train,plot]'"
+        ) from None
     return 0
 
 

@@ -15,7 +15,6 @@ from .backbone import NORMALIZATION, autocast, load_backbone
 from .data import NUM_CLASSES
 
 BATCH_SIZE = 32
-WEIGHT_DECAY = 1e-4
 WARMUP_SHARE = 0.1
 """Share of the steps over which the learning rate rises; a cosine to zero follows."""
 
@@ -27,6 +26,7 @@ class Method:
     name: str
     prompts: tcpa.PromptConfig | None
     learning_rate: float
+    weight_decay: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def train_method(
         load_backbone(), method.prompts, num_classes=NUM_CLASSES, normalization=NORMALIZATION
     ).to(device)
     optimizer = torch.optim.AdamW(
-        model.trainable_parameters(), method.learning_rate, weight_decay=WEIGHT_DECAY
+        model.trainable_parameters(), method.learning_rate, weight_decay=method.weight_decay
     )
     order = torch.Generator().manual_seed(seed)
     steps = epochs * -(-len(split.train_labels) // BATCH_SIZE)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ..usage import UsageError
+from ...cli import UsageError
 
 METRICS = "metrics.jsonl"
 PROGRAM = "tcpa demo"
@@ -30,21 +30,6 @@ def prepare_output(folder: Path, header: dict) -> Path:
         ) from None
     append_line(metrics, {"kind": "config", "program": PROGRAM, **header})
     return metrics
-
-
-def require_writable(path: Path) -> None:
-    """Refuse, before minutes of training, a file that could not be written after them."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        known = path.exists()
-        path.open("ab").close()
-        if not known:
-            path.unlink()
-    except OSError as error:
-        raise UsageError(
-            f"--output: got {path}, expected a file that can be written ({error.strerror}); "
-            "choose another name"
-        ) from None
 
 
 def append_line(metrics: Path, record: dict) -> None:

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...cli import require_writable
 from .backbone import autocast, build_backbone, fast_dtype, normalise, save_backbone
 from .config import PretrainConfig
 from .generate import FAMILIES, NUM_CLASSES, generate
-from .output import require_writable
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -3,9 +3,9 @@
     python -m tcpa.train demo
 
 All methods share images, their order, optimiser, schedule, epochs and batch size; VPT-deep and TCPA
-have the same number of prompt rows. Learning rates are those that `tune-demo` found best, for each
-method on the same grid, on a validation part of the training images. Accuracies are those after the
-last epoch.
+have the same number of prompt rows. Learning rates and weight decays are those that `tune-demo`
+found best, for each method on the same grid, on held-out folds of the training images. Accuracies
+are those after the last epoch.
 """
 
 import time
@@ -16,15 +16,15 @@ import torch
 
 import tcpa
 
-from ..usage import UsageError
+from ...cli import UsageError
 from .backbone import autocast, fast_dtype, load_backbone, normalise
 from .config import DemoConfig
-from .engine import BATCH_SIZE, WEIGHT_DECAY, Epoch, Split, predict, seconds_per_epoch
+from .engine import BATCH_SIZE, Epoch, Split, predict, seconds_per_epoch
 from .figures import draw_curves, draw_selection
 from .output import append_line, prepare_output
 from .probe import converged_probe
 from .report import Reporter, Row, table, verdict
-from .tasks import PROMPT_ROWS, Outcome, Task, chosen_methods, run_tasks, split_on
+from .tasks import PROMPT_ROWS, Outcome, Task, chosen_methods, probe_strength, run_tasks, split_on
 
 ADAPTER = "tcpa_adapter"
 WRITTEN = f"metrics.jsonl, curves.png, selection.png and {ADAPTER}"
@@ -58,7 +58,7 @@ def run_demo(config: DemoConfig) -> list[Row]:
         append_line(metrics, {"kind": "summary", **asdict(row), "mean": row.mean})
     reporter.console.print(table(rows))
     precision = f"{fast_dtype(device)} on {device}".removeprefix("torch.")
-    fitted = converged_probe(tasks[0].part)
+    fitted = converged_probe(tasks[0].part, probe_strength())
     append_line(metrics, {"kind": "converged probe", "accuracy": fitted})
     for line in _notes(config, tasks, rows, split, precision, fitted):
         reporter.console.print(line)
@@ -151,14 +151,17 @@ def _notes(
 ) -> list[str]:
     """Say under the table what was compared, what computed it and how TCPA fared."""
     seeds = ", ".join(map(str, config.seeds))
-    rates = {task.method.name: task.method.learning_rate for task in tasks}
+    methods = {task.method.name: task.method for task in tasks}
+    settings = ", ".join(
+        f"{name} {method.learning_rate:g}, {method.weight_decay:g}"
+        for name, method in methods.items()
+    )
     return [
         f"{len(split.train_labels)} training and {len(split.test_labels):,} test images, seeds "
         f"{seeds}; accuracy on the test images after epoch {config.epochs}.",
         f"{PROMPT_ROWS} prompt rows a block for VPT-deep and TCPA. {precision}.",
-        "Learning rates, each the best of one grid on validation images: "
-        + ", ".join(f"{name} {rate}" for name, rate in rates.items())
-        + ".",
+        "Learning rate and weight decay, each the best of one grid on folds of the training "
+        f"images: {settings}.",
         f"Implementation: {rows[-1].implementation} ({rows[-1].reason}).",
         *verdict(rows),
         f"Logistic regression on the frozen features, fitted to convergence, reads {fitted:.1f} %: "
@@ -174,7 +177,6 @@ def _header(config: DemoConfig, device: torch.device, tasks: list[Task]) -> dict
         "epochs": config.epochs,
         "quick": config.quick,
         "batch_size": BATCH_SIZE,
-        "weight_decay": WEIGHT_DECAY,
         "methods": list({task.method.name: asdict(task.method) for task in tasks}.values()),
         "device": str(device),
         "precision": str(fast_dtype(device)),

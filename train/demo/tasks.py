@@ -19,7 +19,7 @@ from .data import make_split
 from .engine import Epoch, Method, Split, train_method
 
 PROMPT_ROWS = 20
-LEARNING_RATES = Path(__file__).with_name("learning_rates.json")
+TUNED = Path(__file__).with_name("tuned.json")
 
 PROMPTS: dict[str, tcpa.PromptConfig | None] = {
     "linear probe": None,
@@ -39,12 +39,17 @@ trained directly and no dropout, so that the coordination is all that tells them
 
 
 def chosen_methods() -> tuple[Method, ...]:
-    """Return the methods, each with the learning rate that `tune-demo` recorded for it."""
-    record = json.loads(LEARNING_RATES.read_text(encoding="utf-8"))
+    """Return the methods, each with the optimiser settings that `tune-demo` recorded for it."""
+    record = json.loads(TUNED.read_text(encoding="utf-8"))
     return tuple(
-        Method(name=name, prompts=prompts, learning_rate=record["chosen"][name])
+        Method(name=name, prompts=prompts, **record["chosen"][name])
         for name, prompts in PROMPTS.items()
     )
+
+
+def probe_strength() -> float:
+    """Return the inverse penalty that `tune-demo` recorded for logistic regression."""
+    return json.loads(TUNED.read_text(encoding="utf-8"))["probe_strength"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

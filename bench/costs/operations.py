@@ -6,7 +6,7 @@ once. Times that follow from them are lower bounds.
 
 from dataclasses import dataclass
 
-from .shapes import Shape
+from ..shapes import Shape
 
 ITEM = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 """Bytes of an element."""
@@ -54,8 +54,8 @@ def gated_attention(shape: Shape, dtype: str, mode: str) -> Cost:
 def match_prompts(shape: Shape, dtype: str, mode: str) -> Cost:
     """Return the work of `match_prompts`, one layer.
 
-    Forward: one product with the keys of both pools; x read, gate words written. Backward: the
-    products for x and for the keys; x read, its gradient written.
+    Forward: one product with the keys of both pools; x read, gate words written. Backward: one
+    product for x, one for the keys; x read, its gradient written.
     """
     vit, entries, item = shape.vit, shape.prompts, ITEM[dtype]
     product = 2.0 * shape.batch * shape.tokens * vit.width * entries
@@ -63,7 +63,7 @@ def match_prompts(shape: Shape, dtype: str, mode: str) -> Cost:
     words = 4.0 * shape.batch * shape.tokens * -(-entries // 32)
     keys = 4.0 * entries * vit.width
     forward = Cost(product, rows + words + keys)
-    backward = Cost(3 * product, 2 * rows + words + 2 * keys)
+    backward = Cost(2 * product, 2 * rows + words + 2 * keys)
     return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
 
 

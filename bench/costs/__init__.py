@@ -1,0 +1,1 @@
+"""FLOPs and bytes from formulas: operations, blocks, whole models, and the times that follow."""

@@ -1,0 +1,98 @@
+"""Promise: seconds per epoch come from real passes over images, the same from every source."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tcpa.bench import __main__ as cli
+from tcpa.bench import epoch
+from tcpa.bench.epoch import Rate, rows_of, table
+from tcpa.bench.epoch_data import CROP, Cache, Photos, batches, crop, normalise, write_photos
+from tcpa.bench.providers.step import StepCase
+from tcpa.bench.results import load, provenance
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("photos"), 3)
+
+
+def test_photos_are_jpegs_of_the_promised_size(photos):
+    with Image.open(photos[1]) as picture:
+        assert picture.format == "JPEG" and picture.size == (500, 375)
+        assert np.asarray(picture).std() > 10
+
+
+def test_cache_and_files_give_the_same_test_images(photos):
+    cache = Cache.of(photos)
+    assert cache.pixels.shape == (3, 3, 256, 341) and cache.pixels.dtype == torch.uint8
+    options = {"batch": 2, "train": False, "workers": 0}
+    from_disk = list(batches("disk", photos, CPU, **options))
+    from_cache = list(batches("cache", cache, CPU, **options))
+    assert [len(images) for images, _ in from_disk] == [2, 1]
+    for (a, label), (b, same) in zip(from_disk, from_cache, strict=True):
+        assert torch.equal(a, b) and torch.equal(label, same)
+
+
+def test_crops_and_flips_are_those_of_the_pixels(photos):
+    pixels = Cache.of(photos).pixels
+    top, left = torch.tensor([3, 32, 0]), torch.tensor([117, 0, 50])
+    flip = torch.tensor([True, False, True])
+    cut = crop(pixels, top, left, flip)
+    for index in range(3):
+        y, x = int(top[index]), int(left[index])
+        expected = pixels[index, :, y : y + CROP, x : x + CROP]
+        expected = expected.flip(-1) if flip[index] else expected
+        assert torch.equal(cut[index], expected)
+    assert normalise(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+
+
+def test_training_draws_crops_and_leaves_out_a_small_last_batch(photos):
+    torch.manual_seed(0)
+    cache = Cache.of(photos)
+    for data, source in ((photos, "disk"), (cache, "cache")):
+        drawn = list(batches(source, data, CPU, batch=2, train=True, workers=0))
+        assert [images.shape for images, _ in drawn] == [(2, 3, CROP, CROP)]
+    picture, _ = Photos(photos, train=True)[0]
+    assert not torch.equal(picture, Photos(photos, train=True)[0][0])
+
+
+def test_the_command_measures_every_source_and_mode(tmp_path, capsys):
+    path = tmp_path / "epoch.jsonl"
+    options = ["--model", "vit_tiny_patch16_224", "--batch", "2", "--images", "2", "--rounds", "1"]
+    arguments = [*options, "--workers", "0", "--provider", "frozen ViT", "--results", str(path)]
+    assert cli.main(["epoch", *arguments]) == 0
+    printed = capsys.readouterr().out
+    rows = load(path)
+    assert {row.provider for row in rows} == {"official", "frozen ViT"}
+    assert {row.operation for row in rows} == {"epoch from disk", "epoch from cache"}
+    assert {row.mode for row in rows} == {"train", "eval"}
+    seconds = {(r.provider, r.operation, r.mode): r.p50 for r in rows if r.unit == "s"}
+    assert len(seconds) == 8 and all(value > 0 for value in seconds.values())
+    assert "scaled up from 2 images" in printed and "frozen ViT" in printed
+
+
+def test_seconds_are_for_the_images_of_cub():
+    rate = Rate("tcpa", "float32", "cache", "train", [100.0], [1000.0], [110.0])
+    rows = rows_of(StepCase(), rate, 32, provenance(CPU))
+    assert rows[0].metric == "seconds per epoch" and rows[0].p50 == pytest.approx(53.94)
+    slow = Rate("official", "float32", "cache", "train", [50.0], [1000.0], [51.0])
+    assert "2.00x" in table([slow, rate], 32) and "scaled" not in table([slow, rate], 5394)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "0"], "--batch: got 0, expected at least 1"),
+        (["--images", "3"], "--images: got 3, expected at least 8"),
+        (["--workers", "-1"], "--workers: got -1, expected at least 0"),
+        (["--model", "vit_tiny"], "--model: timm does not know 'vit_tiny'"),
+        (["--source", "tape"], "invalid choice: 'tape'"),
+    ],
+)
+def test_bad_options_are_refused_by_name(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        epoch.main(arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
