@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tcpa-bench epoch", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=default.model, help="timm name of the backbone")
     parser.add_argument("--batch", type=int, default=8, help="images a step")
-    parser.add_argument("--images", type=int, default=32, help=f"photos; CUB has {TRAIN_IMAGES:,}")
+    parser.add_argument("--images", type=int, default=16, help=f"photos; CUB has {TRAIN_IMAGES:,}")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--source", nargs="+", default=list(SOURCES), choices=SOURCES)

@@ -13,8 +13,8 @@ What the figures take from the rows:
   another function have "no gate", "ungated", "floor" or "other function" in their names;
 - roofline: metric "time" of the operations in `cost.OPERATIONS`, ceilings of the command "ceilings"
   with the metrics "bandwidth" and "rate";
-- time by kind of kernel: operation "step", metric "time of KIND", such as "time of matrix
-  products", one row per kind, provider and mode; they are stacked, so that they should not overlap;
+- time by kind of kernel: metric "time of KIND", such as "time of matrix products", one row per
+  kind, provider and mode; they are stacked, so that they should not overlap;
 - scaling: metric "time" at three or more shapes that differ in P, batch or image size alone.
 
 Exit status 1: something is worse than in the baseline.

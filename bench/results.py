@@ -5,6 +5,7 @@ complete in itself: rows of several runs, machines and commits can stand in one 
 """
 
 import datetime
+import errno
 import functools
 import json
 import os
@@ -154,6 +155,8 @@ class Results:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "it is a folder")
             if path.exists() and path.stat().st_size:
                 self.rows = load(path, option)
             path.open("a", encoding="utf-8").close()

@@ -204,7 +204,11 @@ def _measure_rounds(
 
 
 def rows_of(case: StepCase, results: Sequence[StepResult], where: Provenance) -> list[Row]:
-    """Return the rows of a measurement: times, rates, memory, ratios to the first provider."""
+    """Return the rows of a measurement: times, rates, memory, ratios to the first provider.
+
+    The operation names the precision that was asked for: the yardstick may have another one, and
+    belongs to its own run.
+    """
     rows = []
     base = Quantiles.of(results[0].seconds).p50
     for result in results:
@@ -224,7 +228,7 @@ def rows_of(case: StepCase, results: Sequence[StepResult], where: Provenance) ->
         rows += [
             Row(
                 command="step",
-                operation="step",
+                operation=f"step in {case.precision}",
                 shape=f"{case.model}-{case.dataset}-b{case.batch}",
                 dtype=result.provider.precision,
                 mode=case.mode,
@@ -335,6 +339,7 @@ def main(argv: list[str] | None = None) -> int:
         mode=options.mode,
         device=str(device),
         threads=options.threads,
+        precision=options.precision,
     )
     chosen = choose(providers(options.precision, device.type), options.provider)
     if device.type == "cpu" and not options.all and not options.provider:

@@ -221,7 +221,8 @@ def test_frozen_weights_may_be_bfloat16():
     model = wrap(TINY.create().bfloat16(), QUIET)
     assert model.pools.cls_keys.dtype == torch.float32
     logits, _, grads = step(model, TINY.images().bfloat16())
-    assert logits.dtype == torch.bfloat16
+    # Prompts and head, which are trained, stay in float32.
+    assert logits.dtype == torch.float32
     assert grads["pools.image_prompts"].dtype == torch.float32
 
 

@@ -49,6 +49,9 @@ class StepCase:
 
     device: str = "cpu"
 
+    precision: str = "float32"
+    """Precision of the run, for the record; every provider has its own."""
+
     threads: int = 0
     """CPU threads; 0 leaves torch's default."""
 
