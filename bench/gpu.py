@@ -119,14 +119,20 @@ def run(stage: Stage, results: Path, seconds: float) -> int | None:
 def main(argv: list[str] | None = None) -> int:
     """Run the stages; exit status 0 when all of them ended well, 1 otherwise."""
     parser = argparse.ArgumentParser(prog="tcpa-bench gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--results", type=Path, default=Path("gpu_results.jsonl"))
+    default = Path("gpu_results.jsonl")
+    text = "file to append the results to (gpu_results.jsonl)"
+    parser.add_argument("--results", type=Path, default=default, help=text)
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--stage", nargs="+", default=[], metavar="NAME", help="only these")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, smallest shapes")
     options = parser.parse_args(argv)
     require(options.minutes > 0, "--minutes", options.minutes, "a positive number", "change it")
-    device = "cpu" if options.rehearse else str(usable_device(options.device))
+    device = "cpu"
+    if not options.rehearse:
+        device = str(usable_device(options.device))
+        remedy = "pass --rehearse to run the stages on a CPU"
+        require(device != "cpu", "--device", device, "a GPU", remedy)
     planned = stages(device, rehearse=options.rehearse)
     names = [stage.name for stage in planned]
     for name in options.stage:

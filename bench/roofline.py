@@ -131,7 +131,7 @@ def _ceilings(options: argparse.Namespace) -> Ceilings:
         if not found:
             raise UsageError(
                 f"--results: {options.results} has no ceilings in {options.dtype}; expected rows "
-                "of `tcpa-bench ceilings`: measure them, or use --gpu"
+                "of the ceilings: `tcpa-bench ops` measures them; or use --gpu"
             )
         return found[-1]
     if options.tflops is not None:

@@ -295,7 +295,7 @@ def choose(available: Sequence[StepProvider], texts: Sequence[str]) -> list[Step
     """
     for text in texts:
         if not any(text in provider.name for provider in available):
-            names = ", ".join(provider.name for provider in available)
+            names = ", ".join(repr(provider.name) for provider in available)
             raise UsageError(
                 f"--provider: got {text!r}, expected a part of one of {names}; correct it"
             )

@@ -81,6 +81,23 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
+def settings(model: ModuleLike) -> dict[str, Any]:
+    """Return what a model computes with besides its weights, as values that JSON can hold."""
+    block = model.blocks[0]
+    activation = getattr(block.mlp, "act", None)
+    return {
+        "depth": len(model.blocks),
+        "heads": block.attn.num_heads,
+        "patch_size": list(model.patch_embed.patch_size),
+        "image_size": list(model.patch_embed.img_size or ()),
+        "prefix_tokens": model.num_prefix_tokens,
+        "pooling": str(model.global_pool),
+        "activation": type(activation).__name__,
+        "norm": type(block.norm1).__name__,
+        "norm_eps": block.norm1.eps,
+    }
+
+
 def input_channels(model: ModuleLike) -> int:
     """Return the number of channels of the images that a model takes."""
     return getattr(model, "in_chans", None) or model.patch_embed.proj.weight.shape[1]

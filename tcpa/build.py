@@ -13,7 +13,7 @@ from . import blocks
 from .checks import require, require_choice, require_int
 from .config import PromptConfig, Savings, TCPAConfig, VPTConfig
 from .dispatch import IMPLS, Impl
-from .model import Normalization, PromptedViT
+from .model import Normalization, PromptedViT, implementation_on
 
 _log = logging.getLogger("tcpa")
 
@@ -63,13 +63,14 @@ def wrap(
     if isinstance(config, TCPAConfig):
         config = _fit_to_backbone(config, backbone)
     record = _normalization(backbone, normalization)
+    if impl != "auto":
+        implementation_on(backbone, impl)
     model = PromptedViT(
         backbone, config, savings=savings or Savings(), impl=impl, normalization=record
     )
-    if impl != "auto":
-        _ = model.implementation
     if num_classes is not None:
         model.reset_classifier(num_classes)
+    model.take_over()
     return model
 
 
@@ -95,15 +96,26 @@ def create_model(
         timm_arguments: passed to `timm.create_model` (`img_size`, `checkpoint_path`, ...).
 
     Raises:
-        ValueError: timm does not know the model, or its architecture is not covered.
+        TypeError: an argument is of the wrong type or unknown.
+        ValueError: timm does not know the model, cannot create it, or it is not covered.
     """
+    if "config" in timm_arguments:
+        raise TypeError("config: got it, expected the prompt method as `tcpa`; pass tcpa=...")
     if not isinstance(name, str):
         raise TypeError(f"name: got {type(name).__name__}, expected a timm model name; pass a str")
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
+        near = timm.list_models(f"*{name.split('.')[0]}*")[:3] if name else []
         hint = f"did you mean one of {near}?" if near else "timm.list_models() lists them"
         raise ValueError(f"name: got {name!r}, expected a timm model; {hint}")
-    backbone = timm.create_model(name, pretrained=pretrained, **timm_arguments)
+    try:
+        backbone = timm.create_model(name, pretrained=pretrained, **timm_arguments)
+    except (RuntimeError, TypeError, OSError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in timm_arguments.items())
+        reason = str(error).strip() or type(error).__name__
+        raise ValueError(
+            f"name: timm cannot create {name!r} with {given or 'no further arguments'} ({reason}); "
+            "check the weight tag, the arguments and the paths in them"
+        ) from error
     return wrap(
         backbone,
         tcpa,

@@ -47,7 +47,8 @@ class TCPAConfig:
 
     coordination: Literal["token", "role"] = "token"
     """"token": every token selects its prompts (R-TCPA + T-TCPA). "role": R-TCPA alone, every token
-    sees the whole pool of its role; keys and top-k are then unused and the distance is 0."""
+    sees the whole pool of its role; keys and top-k are then unused and the distance is 0 (and
+    DistributedDataParallel needs find_unused_parameters=True)."""
 
     selection: Literal["nearest", "farthest"] = "nearest"
     """"nearest": largest cosine similarity (official code). "farthest": Eq. 10 taken literally."""

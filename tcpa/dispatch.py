@@ -61,6 +61,10 @@ def choose_impl(
             its place.
     """
     require_choice("impl", impl, IMPLS)
+    if not isinstance(device, torch.device):
+        raise TypeError(f"device: got {device!r}, expected a torch.device; pass torch.device(...)")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: got {dtype!r}, expected a torch.dtype; pass torch.float32, ...")
     if impl == "reference":
         return "reference", "asked for"
     no_triton, no_sdpa = kernels.unavailable_reason(device), sdpa.unavailable_reason(device)

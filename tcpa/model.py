@@ -41,9 +41,19 @@ class Normalization(NamedTuple):
     std: tuple[float, ...]
 
 
+MAX_EPOCH = 2**31
+
 _log = logging.getLogger("tcpa")
 _owners: "weakref.WeakValueDictionary[int, PromptedViT]" = weakref.WeakValueDictionary()
 """Which model has taken over the backbone of an id."""
+
+
+def implementation_on(backbone: Any, impl: Impl) -> tuple[str, str]:
+    """Say what computes the attention on a backbone where it is now, and why; see `choose_impl`."""
+    weight = blocks.input_weight(backbone)
+    dtype = autocast_dtype(weight.device) or weight.dtype
+    num_tokens = backbone.num_prefix_tokens + backbone.patch_embed.num_patches
+    return choose_impl(impl, weight.device, dtype=dtype, num_tokens=num_tokens)
 
 
 def _to_weight_dtype(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -89,11 +99,10 @@ class PromptedViT(nn.Module):
         self._build_prompts()
         self._freeze()
         self.train()
-        self._take_over()
-
-    def _take_over(self) -> None:
-        """Become the one model of the backbone: another one's head may be replaced by ours."""
         self._has_backbone = True
+
+    def take_over(self) -> None:
+        """Become the one model of the backbone: another one's head may be replaced by ours."""
         previous = _owners.get(id(self.backbone))
         if previous is not None and previous.backbone is self.backbone:
             previous._has_backbone = False
@@ -156,23 +165,32 @@ class PromptedViT(nn.Module):
         The random selections come from torch's global generator of the device, so `manual_seed`
         makes them reproducible.
         """
-        require_int("epoch", epoch, 0)
+        require_int("epoch", epoch, 0, MAX_EPOCH)
         self.epoch, self._knows_epoch = epoch, True
 
     def get_extra_state(self) -> Tensor:
         """Return the epoch, int64, for `state_dict()`: a resumed run selects as it would have."""
+        self.require_backbone()
         return torch.tensor(self.epoch)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take the epoch from `load_state_dict()`."""
+        self.require_backbone()
+        if not isinstance(state, Tensor) or state.numel() != 1 or state.is_floating_point():
+            raise TypeError(
+                f"state_dict['_extra_state']: got {state!r}, expected the epoch, one integer in a "
+                "tensor; pass what state_dict() of this model gave"
+            )
         self.set_epoch(int(state))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block in the backward pass in place of keeping its activations."""
+        require_bool("enable", enable)
         self._recompute = enable
 
     def trainable_named_parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name: prompts, optional modules, classification head."""
+        self.require_backbone()
         frozen = {id(p) for p in self.backbone.parameters()}
         for layer in blocks.classifier_layers(self.backbone):
             frozen -= {id(p) for p in layer.parameters()}
@@ -193,10 +211,7 @@ class PromptedViT(nn.Module):
 
         Ask under torch.autocast if the model runs under it.
         """
-        weight, backbone = blocks.input_weight(self.backbone), self.backbone
-        dtype = autocast_dtype(weight.device) or weight.dtype
-        num_tokens = backbone.num_prefix_tokens + backbone.patch_embed.num_patches
-        return choose_impl(self.impl, weight.device, dtype=dtype, num_tokens=num_tokens)
+        return implementation_on(self.backbone, self.impl)
 
     @property
     def num_classes(self) -> int:
@@ -209,6 +224,7 @@ class PromptedViT(nn.Module):
         With 0 classes there is no head, and the model returns what it would have read.
         """
         require_int("num_classes", num_classes, 0)
+        self.require_backbone()
         self.backbone.reset_classifier(num_classes)
         self._prepare_head()
 

@@ -43,7 +43,14 @@ def official_state_dict(model: PromptedViT) -> dict[str, Tensor]:
 
     Returns:
         Detached tensors that share memory with the model.
+
+    Raises:
+        TypeError: `model` is not one of ours.
     """
+    if not isinstance(model, PromptedViT):
+        got = type(model).__name__
+        raise TypeError(f"model: got {got}, expected what tcpa.wrap returns; wrap it first")
+    model.require_backbone()
     return {official_name(name): p.detach() for name, p in model.named_parameters()}
 
 
@@ -58,7 +65,7 @@ def load_official_state_dict(model: PromptedViT, state_dict: Mapping[str, Any]) 
     Raises:
         ValueError: names are missing or unknown, a shape differs or a value is not finite; nothing
             is copied then.
-        TypeError: a value is no array.
+        TypeError: a value is no array of real floating-point numbers, or `model` is not ours.
     """
     if not isinstance(state_dict, Mapping):
         got = type(state_dict).__name__
@@ -94,10 +101,14 @@ def load_official_state_dict(model: PromptedViT, state_dict: Mapping[str, Any]) 
 
 def _as_tensor(name: str, value: Any) -> Tensor:
     try:
-        return torch.as_tensor(value)
+        tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         got = type(value).__name__
         raise TypeError(f"state_dict[{name!r}]: got {got}, expected a tensor or array") from error
+    if not tensor.is_floating_point():
+        got, expected = tensor.dtype, "real floating-point numbers"
+        raise TypeError(f"state_dict[{name!r}]: got {got}, expected {expected}; convert it")
+    return tensor
 
 
 def _few(items: list[str], limit: int = 5) -> str:

@@ -36,8 +36,14 @@ SCHEMA: dict[str, Any] = {
     "method": str,
     "config": (dict, type(None)),
     "num_classes": int,
-    "weights_sha256": str,
-    "backbone": {"name": str, "image_size": list, "dtype": str, "fingerprint": str},
+    "sha256": str,
+    "backbone": {
+        "name": str,
+        "image_size": list,
+        "dtype": str,
+        "settings": dict,
+        "fingerprint": str,
+    },
     "normalization": {"mean": list, "std": list},
 }
 """What `adapter_config.json` must hold, and of which type."""
@@ -68,7 +74,8 @@ def save_pretrained(model: PromptedViT, directory: str | os.PathLike[str]) -> No
     # Values that share memory would be refused; clones also make views contiguous.
     tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     _require_finite("model", tensors, "do not save it over a good one; load an earlier adapter")
-    text = json.dumps(describe(model) | {"weights_sha256": _checksum(tensors)}, indent=2) + "\n"
+    record = describe(model)
+    text = json.dumps(record | {"sha256": _checksum(tensors, record)}, indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     _replace_files(
         {
@@ -97,6 +104,7 @@ def describe(model: PromptedViT) -> dict[str, Any]:
             "name": f"{name}.{tag}" if tag else name,
             "image_size": list(backbone.patch_embed.img_size or ()),
             "dtype": _dtype_of(model),
+            "settings": blocks.settings(backbone),
             "fingerprint": backbone_fingerprint(model),
         },
         "normalization": {"mean": model.normalization.mean, "std": model.normalization.std},
@@ -118,8 +126,12 @@ def backbone_fingerprint(model: PromptedViT) -> str:
     return _checksum(frozen)
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def _checksum(tensors: Mapping[str, Tensor], record: Mapping[str, Any] | None = None) -> str:
+    """Return the SHA-256 of tensors and of what the JSON file says beside it."""
     digest = hashlib.sha256()
+    if record is not None:
+        rest = {name: value for name, value in record.items() if name != "sha256"}
+        digest.update(json.dumps(rest, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
         values: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -162,7 +174,7 @@ def from_pretrained(
     folder = _folder(directory)
     saved = _read_config(folder / CONFIG_FILE)
     config = _config_of(saved, folder / CONFIG_FILE)
-    tensors = _read_tensors(folder / WEIGHTS_FILE, saved["weights_sha256"])
+    tensors = _read_tensors(folder / WEIGHTS_FILE, saved)
     options: dict[str, Any] = {
         "num_classes": saved["num_classes"],
         "savings": savings,
@@ -174,6 +186,10 @@ def from_pretrained(
     else:
         model = wrap(backbone, config, **options)
     if check_backbone:
+        for name, value in saved["backbone"]["settings"].items():
+            found = blocks.settings(model.backbone).get(name)
+            remedy = "create the backbone as for the training, or pass check_backbone=False"
+            require(found == value, f"backbone: {name}", repr(found), repr(value), remedy)
         expected, got = saved["backbone"]["fingerprint"], backbone_fingerprint(model)
         architecture = saved["backbone"]["name"].split(".")[0]
         require(
@@ -223,6 +239,8 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"directory: no {path.name} in {path.parent}, expected a folder written by "
             "save_pretrained; check the path"
         ) from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: got a folder, expected a file; check the path") from None
     except NotADirectoryError:
         raise NotADirectoryError(
             f"directory: got the file {path.parent}, expected a folder written by "
@@ -280,7 +298,7 @@ def _config_of(saved: dict[str, Any], path: Path) -> PromptConfig | None:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read_tensors(path: Path, checksum: str) -> dict[str, Tensor]:
+def _read_tensors(path: Path, saved: dict[str, Any]) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(
             f"directory: no {path.name} in {path.parent}; save the adapter again"
@@ -290,9 +308,10 @@ def _read_tensors(path: Path, checksum: str) -> dict[str, Tensor]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged ({error}); save the adapter again") from error
-    got, expected = _checksum(tensors), f"{checksum[:12]} as {CONFIG_FILE} says"
-    remedy = "the file was altered or comes from another save; save the adapter again"
-    require(got == checksum, str(path), f"checksum {got[:12]}", expected, remedy)
+    got, expected = _checksum(tensors, saved), saved["sha256"]
+    wanted = f"{expected[:12]} as {CONFIG_FILE} says"
+    remedy = "one of the two files was altered or is of another save; save the adapter again"
+    require(got == expected, str(path), f"checksum {got[:12]}", wanted, remedy)
     _require_finite(str(path), tensors, "load an earlier adapter")
     return tensors
 

@@ -73,6 +73,7 @@ def test_time_is_handed_on_and_ends(scripted, monkeypatch, tmp_path, capsys):
         (["--minutes", "0"], "--minutes: got 0.0, expected a positive number"),
         (["--rehearse", "--stage", "d"], "--stage: got 'd', expected tests, golden, ops"),
         (["--device", "cuda:99"], "--device: got 'cuda:99'"),
+        (["--device", "cpu"], "--device: got cpu, expected a GPU; pass --rehearse"),
     ],
 )
 def test_bad_options_are_refused_by_name(arguments, message, capsys):

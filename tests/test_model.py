@@ -385,6 +385,17 @@ def test_bad_arguments_of_wrap():
             wrap(TINY.create(), QUIET, normalization=((mean,) * 3, (std,) * 3))
     with pytest.raises(TypeError, match="name: got NoneType, expected a timm model name"):
         tcpa.create_model(None)
+    with pytest.raises(TypeError, match="config: got it, expected the prompt method as `tcpa`"):
+        tcpa.create_model("vit_tiny_patch16_224", config=QUIET)
+    for name, arguments in (
+        ("vit_tiny_patch16_224.bogus", {"pretrained": True}),
+        ("vit_tiny_patch16_224", {"depht": 2}),
+        ("vit_tiny_patch16_224", {"checkpoint_path": "nope.pth"}),
+    ):
+        with pytest.raises(ValueError, match=f"name: timm cannot create '{name}' with "):
+            tcpa.create_model(name, **arguments)
+    with pytest.raises(TypeError, match=r"device: got 'cpu', expected a torch\.device"):
+        tcpa.choose_impl("auto", "cpu", dtype=torch.float32)
     with pytest.raises(RuntimeError, match="impl='triton' cannot run: "):
         wrap(TINY.create().to("meta"), QUIET, impl="triton")
     with pytest.raises(
@@ -412,9 +423,33 @@ def test_the_newer_model_has_the_backbone_and_the_older_one_says_so(tmp_path):
             use()
     assert newer(images).shape == (3, 3)
     assert torch.equal(copied(images), logits)
+    for use in (
+        lambda: older.reset_classifier(2),
+        older.state_dict,
+        lambda: older.load_state_dict(copied.state_dict()),
+        older.trainable_parameters,
+        lambda: tcpa.official_state_dict(older),
+    ):
+        with pytest.raises(RuntimeError, match="it was wrapped again"):
+            use()
+    assert newer.num_classes == 3
     del newer
     with pytest.raises(RuntimeError, match="wrapped again"):
         older(images)
+
+
+def test_a_wrap_that_fails_takes_nothing_over(monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    backbone, images = TINY.create(), TINY.images()
+    model = wrap(backbone, QUIET).eval()
+    logits = model(images)
+    monkeypatch.setattr(backbone, "reset_classifier", full)
+    for wrong in ({"impl": "x"}, {"num_classes": -1}, {"normalization": 3}, {"num_classes": 3}):
+        with pytest.raises((MemoryError, ValueError, TypeError)):
+            wrap(backbone, QUIET, **wrong)
+    assert torch.equal(model(images), logits)
 
 
 HOOKED = ("", "blocks.0", "blocks.1.attn", "blocks.1.attn.qkv", "blocks.0.norm1")
@@ -461,6 +496,9 @@ def test_the_epoch_is_part_of_the_state():
     first.set_epoch(7)
     second.load_state_dict(first.state_dict())
     assert second.epoch == 7
+    for wrong in (torch.tensor(1.5), torch.tensor([1, 2]), "x", None):
+        with pytest.raises(TypeError, match=r"_extra_state.*expected the epoch"):
+            second.set_extra_state(wrong)
 
 
 def test_the_image_prompt_works_on_a_backbone_of_low_precision():
@@ -500,8 +538,12 @@ def test_selection_needs_pools_and_epochs_are_counted_from_zero():
     model = wrap(TINY.create(), VPTConfig(length=2))
     with pytest.raises(ValueError, match="config: got VPTConfig, expected a TCPAConfig"):
         model.selection(TINY.images())
-    with pytest.raises(ValueError, match="epoch: got -1, expected an integer >= 0"):
+    with pytest.raises(ValueError, match="epoch: got -1, expected an integer from 0"):
         model.set_epoch(-1)
+    with pytest.raises(ValueError, match=r"epoch: got 10+, expected an integer from 0 to"):
+        model.set_epoch(10**30)
+    with pytest.raises(TypeError, match="enable: got 'x', expected True or False"):
+        model.set_grad_checkpointing("x")
     assert isinstance(model.backbone, nn.Module)
 
 

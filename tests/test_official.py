@@ -80,6 +80,11 @@ def test_a_value_or_dict_of_the_wrong_type_is_named():
     state = official_state_dict(make())
     with pytest.raises(TypeError, match=r"state_dict\['ADVP_w'\]: got str, expected a tensor"):
         load_official_state_dict(make(), state | {"ADVP_w": "zeros"})
+    for wrong in (torch.zeros(1, 36, 192).long(), torch.zeros(1, 36, 192, dtype=torch.complex64)):
+        with pytest.raises(TypeError, match=r"'ADVP_w'\]: got torch\..*, expected real floating"):
+            load_official_state_dict(make(), state | {"ADVP_w": wrong})
+    with pytest.raises(TypeError, match=r"model: got NoneType, expected what tcpa\.wrap returns"):
+        load_official_state_dict(None, state)
     with pytest.raises(TypeError, match="state_dict: got list, expected a dict"):
         load_official_state_dict(make(), [1])
 

@@ -77,6 +77,25 @@ def test_other_backbone_weights_are_refused_unless_told(saved):
     assert from_pretrained(saved, backbone=other, check_backbone=False).num_classes == 4
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"global_pool": "avg", "fc_norm": False},
+            "backbone: pooling: got 'avg', expected 'token'",
+        ),
+        ({"act_layer": "relu"}, "backbone: activation: got 'ReLU', expected 'GELU'"),
+        ({"num_heads": 6}, "backbone: heads: got 6, expected 3"),
+        ({"depth": 1}, "backbone: depth: got 1, expected 2"),
+        ({"img_size": 32}, r"backbone: image_size: got \[32, 32\], expected \[64, 64\]"),
+    ],
+)
+def test_a_backbone_with_other_settings_is_refused_by_their_name(saved, arguments, message):
+    other = {"img_size": 64, "depth": 2} | arguments
+    with pytest.raises(ValueError, match=message):
+        from_pretrained(saved, backbone=timm.create_model("vit_tiny_patch16_224", **other))
+
+
 def test_saving_again_replaces_whole_files_and_failing_keeps_the_old(saved, monkeypatch):
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
     model = wrap(TINY.create(), METHODS["tcpa"], num_classes=4)
@@ -142,8 +161,10 @@ def _edit(folder, **changes):
             {"normalization": {"mean": [None]}},
             r"\.mean: got \[null\], expected a list",
         ),
-        ({"weights_sha256": "absent"}, r"got none named \['weights_sha256'\]"),
-        ({"weights_sha256": "0" * 64}, rf"{WEIGHTS_FILE}: got checksum .*expected 000000000000"),
+        ({"sha256": "absent"}, r"got none named \['sha256'\]"),
+        ({"sha256": "0" * 64}, rf"{WEIGHTS_FILE}: got checksum .*expected 000000000000"),
+        ({"config": {"selection": "farthest"}}, "got checksum .*one of the two files was altered"),
+        ({"backbone": {"name": "other"}}, "got checksum .*one of the two files was altered"),
     ],
 )
 def test_a_config_that_is_not_ours_is_refused(saved, changes, message):
@@ -156,7 +177,8 @@ def test_a_config_that_is_not_ours_is_refused(saved, changes, message):
 def _rewrite(folder, tensors):
     """Write other weights with a right checksum."""
     save_file(tensors, folder / WEIGHTS_FILE)
-    _edit(folder, weights_sha256=saving._checksum(tensors))
+    record = json.loads((folder / CONFIG_FILE).read_text())
+    _edit(folder, sha256=saving._checksum(tensors, record))
 
 
 def test_one_altered_byte_is_noticed(saved):
@@ -230,13 +252,14 @@ def test_without_a_backbone_timm_is_asked_and_its_failure_told(saved, monkeypatc
         raise ConnectionError("no route to host\nand more")
 
     monkeypatch.setattr(timm, "create_model", create)
-    with pytest.raises(RuntimeError, match=r"no route to host\); pass backbone=") as caught:
+    with pytest.raises(RuntimeError, match=r"no route to host.*; pass backbone=") as caught:
         from_pretrained(saved)
-    assert isinstance(caught.value.__cause__, ConnectionError)
+    assert isinstance(caught.value.__cause__.__cause__, ConnectionError)
     name, arguments = asked[0]
     assert name.startswith("vit_tiny_patch16_224")
     assert arguments == {"pretrained": True, "img_size": (64, 64)}
     _edit(saved, backbone={"name": "my_vit"})
+    _rewrite(saved, load_file(saved / WEIGHTS_FILE))
     with pytest.raises(ValueError, match=r"timm does not know 'my_vit'.*pass backbone="):
         from_pretrained(saved)
 
