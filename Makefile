@@ -30,11 +30,9 @@ lint: $(STAMP)
 	ln -s $(CURDIR)/kernels $(CURDIR)/train $(CURDIR)/bench $(TYPECHECK)/
 	$(VENV)/bin/pyright
 
-# What only a machine with a GPU can show: tests, golden files through the kernels, launches.
+# What only a machine with a GPU can show; repeat it until all stages are done.
 gpu: $(STAMP)
-	$(PY) -m pytest -m gpu
-	$(PY) -m tcpa.verify --impl triton --device cuda --dtype float32 tests/golden/*.npz
-	$(PY) -m tcpa.bench tune
+	$(PY) -m tcpa.bench gpu --results bench/results/gpu.jsonl
 
 clean:
 	rm -rf build demo_output .pytest_cache .ruff_cache .hypothesis *.egg-info
