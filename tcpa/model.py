@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import blocks
-from .checks import require, require_bool, require_int
+from .checks import require, require_bool, require_int, require_shape, require_tensor
 from .config import PromptConfig, Savings, TCPAConfig, VPTConfig
 from .dispatch import Impl, autocast_dtype, choose_impl
 from .forward import (
@@ -265,7 +265,14 @@ class PromptedViT(nn.Module):
         return self.backbone.norm(self._run_blocks(images, None)[0])
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map tokens from `forward_features` to logits, or to the input of the head."""
+        """Map tokens from `forward_features`, `[B, L, C]`, to logits, or to the head's input.
+
+        Raises:
+            TypeError, ValueError: `features` are no such tokens.
+        """
+        tokens = require_tensor("features", features, "[B, L, C]", 3)
+        expected = (*tokens.shape[:2], self.backbone.embed_dim)
+        require_shape("features", tokens, expected, "B, L, C of forward_features")
         return self.backbone.forward_head(features, pre_logits=pre_logits)
 
     @torch.no_grad()

@@ -528,6 +528,20 @@ def test_bad_images_are_refused_by_name():
         model(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (None, r"features: got NoneType, expected a torch\.Tensor \[B, L, C\]"),
+        (torch.zeros(2, 192), r"features: got shape \[2, 192\], expected \[B, L, C\]"),
+        (torch.zeros(2, 17, 100), r"features: got shape .*expected \[2, 17, 192\]"),
+        (torch.zeros(2, 17, 192).long(), r"features: got torch\.int64, expected float16"),
+    ],
+)
+def test_only_tokens_have_a_head(features, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        wrap(TINY.create(), QUIET).forward_head(features)
+
+
 def test_return_distance_is_a_flag():
     model = wrap(TINY.create(), QUIET)
     with pytest.raises(TypeError, match="return_distance: got 'no', expected True or False"):
