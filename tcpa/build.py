@@ -51,7 +51,7 @@ def wrap(
             message says why.
         RuntimeError: the `impl` that was asked for cannot run where the backbone is.
     """
-    _check_backbone(backbone)
+    require_covered(backbone)
     if config is not None and not isinstance(config, TCPAConfig | VPTConfig):
         got = type(config).__name__
         raise TypeError(f"config: got {got}, expected TCPAConfig, VPTConfig or None; create one")
@@ -126,7 +126,8 @@ def create_model(
     )
 
 
-def _check_backbone(backbone: nn.Module) -> None:
+def require_covered(backbone: nn.Module) -> None:
+    """Raise TypeError or ValueError unless prompts can be put on a model."""
     if isinstance(backbone, PromptedViT):
         raise ValueError("backbone: got a wrapped model, expected a timm model; wrap it only once")
     if not isinstance(backbone, nn.Module):

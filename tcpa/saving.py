@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import blocks
-from .build import create_model, wrap
+from .build import create_model, require_covered, wrap
 from .checks import FLOAT_DTYPES, config_from_dict, require, require_bool, require_choice
 from .config import PromptConfig, Savings, TCPAConfig, VPTConfig
 from .dispatch import Impl
@@ -105,7 +105,7 @@ def describe(model: PromptedViT) -> dict[str, Any]:
             "image_size": list(backbone.patch_embed.img_size or ()),
             "dtype": _dtype_of(model),
             "settings": blocks.settings(backbone),
-            "fingerprint": backbone_fingerprint(model),
+            "fingerprint": backbone_fingerprint(backbone),
         },
         "normalization": {"mean": model.normalization.mean, "std": model.normalization.std},
         "versions": {"tcpa": __version__, "torch": torch.__version__, "timm": timm.__version__},
@@ -119,11 +119,10 @@ def method_name(config: PromptConfig | None) -> str:
     return next(name for name, cls in METHODS.items() if cls is type(config))
 
 
-def backbone_fingerprint(model: PromptedViT) -> str:
+def backbone_fingerprint(backbone: nn.Module) -> str:
     """Return the SHA-256 of the frozen weights: names, shapes, dtypes and bytes."""
-    heads = {id(p) for h in blocks.classifier_layers(model.backbone) for p in h.parameters()}
-    frozen = {n: p for n, p in model.backbone.named_parameters() if id(p) not in heads}
-    return _checksum(frozen)
+    heads = {id(p) for h in blocks.classifier_layers(backbone) for p in h.parameters()}
+    return _checksum({n: p for n, p in backbone.named_parameters() if id(p) not in heads})
 
 
 def _checksum(tensors: Mapping[str, Tensor], record: Mapping[str, Any] | None = None) -> str:
@@ -183,24 +182,34 @@ def from_pretrained(
     }
     if backbone is None:
         model = _create_backbone(saved["backbone"], config, options)
+        if check_backbone:
+            _require_same_backbone(saved["backbone"], model.backbone)
     else:
+        # Before it is taken over, so that one that is refused stays as it is.
+        require_covered(backbone)
+        if check_backbone:
+            _require_same_backbone(saved["backbone"], backbone)
         model = wrap(backbone, config, **options)
-    if check_backbone:
-        for name, value in saved["backbone"]["settings"].items():
-            found = blocks.settings(model.backbone).get(name)
-            remedy = "create the backbone as for the training, or pass check_backbone=False"
-            require(found == value, f"backbone: {name}", repr(found), repr(value), remedy)
-        expected, got = saved["backbone"]["fingerprint"], backbone_fingerprint(model)
-        architecture = saved["backbone"]["name"].split(".")[0]
-        require(
-            got == expected,
-            "backbone",
-            f"weights {got[:12]}",
-            f"{expected[:12]} (the {architecture} on which the adapter was trained)",
-            f"load those weights in {saved['backbone']['dtype']}, or pass check_backbone=False",
-        )
     _fill(model, tensors, folder / WEIGHTS_FILE, keep_dtype=saved["backbone"]["dtype"])
     return model.eval()
+
+
+def _require_same_backbone(described: dict[str, Any], backbone: nn.Module) -> None:
+    """Check settings and frozen weights against those of the training."""
+    found = blocks.settings(backbone)
+    for name, value in described["settings"].items():
+        got, remedy = repr(found.get(name)), "create the backbone as for the training, or pass "
+        remedy += "check_backbone=False"
+        require(found.get(name) == value, f"backbone: {name}", got, repr(value), remedy)
+    expected, got = described["fingerprint"], backbone_fingerprint(backbone)
+    architecture = described["name"].split(".")[0]
+    require(
+        got == expected,
+        "backbone",
+        f"weights {got[:12]}",
+        f"{expected[:12]} (the {architecture} on which the adapter was trained)",
+        f"load those weights in {described['dtype']}, or pass check_backbone=False",
+    )
 
 
 def _create_backbone(
@@ -246,7 +255,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"directory: got the file {path.parent}, expected a folder written by "
             "save_pretrained; pass the folder that holds it"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); save the adapter again") from error
     ours = isinstance(saved, dict) and saved.get("format") == FORMAT
     require(ours, str(path), "another program's file", f'"format": "{FORMAT}"', "check the path")

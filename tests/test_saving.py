@@ -96,6 +96,17 @@ def test_a_backbone_with_other_settings_is_refused_by_their_name(saved, argument
         from_pretrained(saved, backbone=timm.create_model("vit_tiny_patch16_224", **other))
 
 
+def test_a_backbone_that_is_refused_stays_with_its_model(saved):
+    other = TINY.create()
+    with torch.no_grad():
+        other.blocks[0].norm1.weight.add_(1.0)
+    model, images = wrap(other, None, num_classes=7).eval(), TINY.images()
+    logits = model(images)
+    with pytest.raises(ValueError, match="backbone: got weights"):
+        from_pretrained(saved, backbone=other)
+    assert torch.equal(model(images), logits) and model.num_classes == 7
+
+
 def test_saving_again_replaces_whole_files_and_failing_keeps_the_old(saved, monkeypatch):
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
     model = wrap(TINY.create(), METHODS["tcpa"], num_classes=4)
