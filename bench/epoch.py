@@ -27,11 +27,11 @@ import timm
 import torch
 from torch import Tensor
 
-from ..cli import command
+from ..cli import choose_device, command
 from .epoch_data import SOURCES, Cache, batches, write_photos
 from .providers.step import StepCase, StepProvider, build_model, loss_of, providers, run_model
-from .results import Provenance, Results, Row, provenance
-from .step import choose, usable_device
+from .results import Provenance, Results, Row, make_rows, provenance
+from .step import choose
 from .timing import Quantiles
 
 TRAIN_IMAGES, TEST_IMAGES = 5394, 5794
@@ -150,25 +150,16 @@ def rows_of(case: StepCase, rate: Rate, images: int, where: Provenance) -> list[
         ("rate of the pipeline alone", "images/s"): rate.pipeline,
         ("rate of the model alone", "images/s"): rate.model,
     }
-    return [
-        Row(
-            command="epoch",
-            operation=f"epoch from {rate.source}",
-            shape=f"{case.model}-{case.dataset}-b{case.batch}-n{images}",
-            dtype=rate.precision,
-            mode=rate.mode,
-            provider=rate.provider,
-            metric=metric,
-            unit=unit,
-            p20=figure.p20,
-            p50=figure.p50,
-            p80=figure.p80,
-            samples=figure.samples,
-            provenance=where,
-        )
-        for (metric, unit), values in figures.items()
-        for figure in [Quantiles.of(values)]
-    ]
+    return make_rows(
+        {name: Quantiles.of(values) for name, values in figures.items()},
+        where,
+        command="epoch",
+        operation=f"epoch from {rate.source}",
+        shape=f"{case.model}-{case.dataset}-b{case.batch}-n{images}",
+        dtype=rate.precision,
+        mode=rate.mode,
+        provider=rate.provider,
+    )
 
 
 def table(rates: Sequence[Rate], images: int) -> str:
@@ -219,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--{name}: got {getattr(options, name)}, expected at least {least}")
     if not timm.is_model(options.model):
         parser.error(f"--model: timm does not know {options.model!r}; see timm.list_models()")
-    device = usable_device(options.device)
+    device = choose_device(options.device)
     case = StepCase(model=options.model, batch=options.batch, device=str(device))
     available = providers(options.precision, device.type)
     chosen = choose(available, options.provider)

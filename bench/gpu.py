@@ -28,8 +28,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cli import UsageError, command, require, require_writable
-from .step import usable_device
+from ..cli import UsageError, choose_device, command, require, require_writable
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--model", "vit_tiny_patch16_224", "--batch", "2", "--rounds", "1")
@@ -130,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     require(options.minutes > 0, "--minutes", options.minutes, "a positive number", "change it")
     device = "cpu"
     if not options.rehearse:
-        device = str(usable_device(options.device))
+        device = str(choose_device(options.device))
         remedy = "pass --rehearse to run the stages on a CPU"
         require(device != "cpu", "--device", device, "a GPU", remedy)
     planned = stages(device, rehearse=options.rehearse)

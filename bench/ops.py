@@ -32,14 +32,14 @@ from typing import Any
 import torch
 from torch._functorch import config as functorch_config
 
-from ..cli import UsageError, command, require
+from ..cli import UsageError, choose_device, command, require
 from . import ceilings, timing
 from .costs import operations as cost
 from .providers.attention import PROVIDERS
 from .providers.attention_case import AttentionCase
 from .providers.base import DTYPES, Prepared, Provider, WrongResultError
 from .providers.matching import MATCH_PROVIDERS, NORM_PROVIDERS, MatchCase
-from .results import Results, Row, provenance
+from .results import Results, Row, make_rows, provenance
 from .shapes import Shape, parse_shape, small_shapes, standard_shapes
 from .timing import Quantiles
 
@@ -228,7 +228,8 @@ class Race:
         for provider in runners:
             if provider.label in times:
                 metrics = self._metrics(case, provider, times, peaks, rates, fastest)
-                self.results.add(self._rows(case.fields | {"provider": provider.label}, metrics))
+                fields = case.fields | {"provider": provider.label}
+                self.results.add(make_rows(metrics, provenance(self.device), **fields))
         return notes
 
     def _metrics(
@@ -273,32 +274,16 @@ class Race:
             common = {"command": "ceilings", "dtype": dtype, "mode": "forward", "provider": "torch"}
             copy = common | {"operation": "copy", "shape": f"{mib}MiB"}
             product = common | {"operation": "matrix product", "shape": f"{size}x{size}x{size}"}
-            self.results.add(
-                [
-                    *self._rows(copy, {("bandwidth", "GB/s"): found.copy.scaled(1e-9)}),
-                    *self._rows(product, {("rate", "TFLOP/s"): found.product.scaled(1e-12)}),
-                ]
-            )
+            where = provenance(self.device)
+            bandwidth = {("bandwidth", "GB/s"): found.copy.scaled(1e-9)}
+            rate = {("rate", "TFLOP/s"): found.product.scaled(1e-12)}
+            rows = [*make_rows(bandwidth, where, **copy), *make_rows(rate, where, **product)]
+            self.results.add(rows)
             print(
                 f"\nCeilings of this run, {dtype}: copy {found.copy.p50 / 1e9:.4g} GB/s, "
                 f"matrix product {found.product.p50 / 1e12:.4g} TFLOP/s"
             )
         return self._ceilings[dtype].rates
-
-    def _rows(
-        self, fields: dict[str, str], metrics: dict[tuple[str, str], Quantiles]
-    ) -> Iterable[Row]:
-        where = provenance(self.device)
-        return [
-            Row(
-                **fields,
-                metric=metric,
-                unit=unit,
-                **dataclasses.asdict(quantiles),
-                provenance=where,
-            )
-            for (metric, unit), quantiles in metrics.items()
-        ]
 
     def _known(self, case: Case, metric: str | None = None) -> list[Row]:
         """Return rows of a case that were measured under the conditions of this run.
@@ -421,23 +406,6 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device to measure on.
-
-    Raises:
-        UsageError: it is not there.
-    """
-    here = torch.cuda.is_available()
-    require(
-        name != "cuda" or here,
-        "--device",
-        name,
-        "a device that PyTorch sees",
-        "choose cpu, or check the driver",
-    )
-    return torch.device("cuda" if here and name != "cpu" else "cpu")
 
 
 def listing(operations: Sequence[Operation], shapes: Sequence[Shape], race: Race) -> str:

@@ -24,10 +24,9 @@ import timm
 import torch
 from torch.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
-from ..cli import UsageError, command
+from ..cli import UsageError, choose_device, command
 from .kinds import add_up
 from .providers.step import StepCase, StepProvider, build_model, build_step, providers
-from .step import usable_device
 
 TRACE = "trace"
 WARM_UP = 2
@@ -115,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--batch: got {options.batch}, expected at least 1")
     if not timm.is_model(options.model):
         parser.error(f"--model: timm does not know {options.model!r}; see timm.list_models()")
-    device = usable_device(options.device)
+    device = choose_device(options.device)
     provider = choose_one(providers(options.precision, device.type), options.provider)
     try:
         (options.output / TRACE).mkdir(parents=True, exist_ok=True)

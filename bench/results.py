@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..cli import UsageError
+from .timing import Quantiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +139,22 @@ def _output(command: list[str]) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()
+
+
+def make_rows(
+    metrics: Mapping[tuple[str, str], Quantiles], where: Provenance, **fields: str
+) -> list[Row]:
+    """Return one row per metric.
+
+    Args:
+        metrics: quantiles by metric and unit.
+        where: provenance of all of them.
+        fields: the other fields of the rows, the same for all.
+    """
+    return [
+        Row(metric=metric, unit=unit, provenance=where, **asdict(quantiles), **fields)
+        for (metric, unit), quantiles in metrics.items()
+    ]
 
 
 class Results:

@@ -27,9 +27,9 @@ import torch
 
 from tcpa import HTA_DATASETS, Savings
 
-from ..cli import UsageError, command
+from ..cli import UsageError, choose_device, command
 from .providers.step import StepCase, StepProvider, providers
-from .results import Provenance, Results, Row, provenance
+from .results import Provenance, Results, Row, make_rows, provenance
 from .step_worker import Answer, Worker
 from .timing import Quantiles
 
@@ -225,24 +225,16 @@ def rows_of(case: StepCase, results: Sequence[StepResult], where: Provenance) ->
         }
         for kind, seconds in result.kinds.items():
             figures[f"time of {kind}", "ms"] = Quantiles.of([seconds * 1e3])
-        rows += [
-            Row(
-                command="step",
-                operation=f"step in {case.precision}",
-                shape=f"{case.model}-{case.dataset}-b{case.batch}",
-                dtype=result.provider.precision,
-                mode=case.mode,
-                provider=result.provider.name,
-                metric=metric,
-                unit=unit,
-                p20=figure.p20,
-                p50=figure.p50,
-                p80=figure.p80,
-                samples=figure.samples,
-                provenance=where,
-            )
-            for (metric, unit), figure in figures.items()
-        ]
+        rows += make_rows(
+            figures,
+            where,
+            command="step",
+            operation=f"step in {case.precision}",
+            shape=f"{case.model}-{case.dataset}-b{case.batch}",
+            dtype=result.provider.precision,
+            mode=case.mode,
+            provider=result.provider.name,
+        )
     return rows
 
 
@@ -331,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--{name}: got {getattr(options, name)}, expected at least {least}")
     if not timm.is_model(options.model):
         parser.error(f"--model: timm does not know {options.model!r}; see timm.list_models()")
-    device = usable_device(options.device)
+    device = choose_device(options.device)
     case = StepCase(
         model=options.model,
         dataset=options.dataset,
@@ -358,23 +350,6 @@ def main(argv: list[str] | None = None) -> int:
         raise (stopped.__cause__ or stopped) from None
     _hand_out(case, found, results, where)
     return 0
-
-
-def usable_device(name: str, option: str = "--device") -> torch.device:
-    """Return a device that torch can use here.
-
-    Raises:
-        UsageError: it cannot.
-    """
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(
-            f"{option}: got {name!r}, expected cpu or a device that torch can use here ({reason})"
-        ) from None
-    return device
 
 
 def _hand_out(case: StepCase, found: list[StepResult], results: Results, where: Provenance) -> None:

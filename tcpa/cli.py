@@ -6,6 +6,10 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 BROKEN_PIPE = 141
 """Exit status of a program whose reader is gone, as shells give it: 128 + SIGPIPE."""
@@ -37,6 +41,28 @@ def require_writable(path: Path, option: str = "--output") -> None:
             f"{option}: got {path}, expected a file that can be written ({error.strerror}); "
             "choose another name"
         ) from None
+
+
+def choose_device(name: str) -> "torch.device":
+    """Return the device that `--device` means; "auto" is a GPU if there is one.
+
+    Raises:
+        UsageError: torch cannot use it here.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"--device: got {name!r}, expected auto, cpu or a device that torch can use here "
+            f"({reason}); leave the option out to use the default"
+        ) from None
+    return device
 
 
 def write_results(path: Path, text: str, option: str) -> None:

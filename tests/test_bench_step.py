@@ -200,7 +200,7 @@ def test_an_unknown_provider_or_device_is_named(capsys):
     assert cli.main(["step", "--provider", "fast"]) == 2
     assert "--provider: got 'fast', expected a part of one of 'official'" in capsys.readouterr().err
     assert cli.main(["step", "--device", "cuda:99"]) == 2
-    assert "--device: got 'cuda:99', expected cpu or a device" in capsys.readouterr().err
+    assert "--device: got 'cuda:99', expected auto, cpu or a device" in capsys.readouterr().err
     chosen = choose(providers("float32", "cpu"), ["VPT-deep"])
     assert [provider.name for provider in chosen] == ["official", "VPT-deep"]
 

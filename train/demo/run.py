@@ -16,7 +16,7 @@ import torch
 
 import tcpa
 
-from ...cli import UsageError
+from ...cli import choose_device
 from .backbone import autocast, fast_dtype, load_backbone, normalise
 from .config import DemoConfig
 from .engine import BATCH_SIZE, Epoch, Split, predict, seconds_per_epoch
@@ -87,22 +87,6 @@ def make_tasks(config: DemoConfig, device: torch.device) -> list[Task]:
 
 def _names(tasks: list[Task]) -> list[str]:
     return list(dict.fromkeys(task.method.name for task in tasks))
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device that `--device` means; raise UsageError if it cannot be used."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(
-            f"--device: got {name!r}, expected auto, cpu or a device that torch can use here "
-            f"({reason}); leave the option out to use the best one"
-        ) from None
-    return device
 
 
 def _draw_selection(folder: Path, split: Split, device: torch.device) -> None:

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import torch
 
-from ...cli import require_writable, write_results
+from ...cli import choose_device, require_writable, write_results
 from .config import TuneConfig
 from .data import FOLDS
 from .engine import Epoch, Method
 from .probe import best_strength
 from .report import Reporter
-from .run import choose_device
 from .tasks import PROMPTS, Task, run_tasks
 
 Pair = tuple[float, float]
