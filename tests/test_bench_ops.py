@@ -256,7 +256,7 @@ def test_the_best_back_end_is_the_one_reported(capsys):
     for label, values in times.items():
         fields = case.fields | {"provider": label}
         rows = make_rows({ops.TIME: timing.Quantiles.of(values)}, provenance(CPU), **fields)
-            found.results.add(rows)
+        found.results.add(rows)
     table = found._table(case, {}, new=True)
     assert f"{fast.label}, best of 2" in table and slow.label not in table
     assert "2 (2-6.2)" in table
