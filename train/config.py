@@ -1,0 +1,271 @@
+"""What a training run can be asked for. Imports nothing heavy, so that --help is quick."""
+
+import difflib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from ..cli import UsageError, require
+
+try:
+    from tyro.conf import Positional
+except ModuleNotFoundError:
+    # The command line says which extra is missing.
+    Positional = None  # type: ignore[assignment]
+
+MAX_SEED = 2**63 - 1
+"""The largest seed that torch takes."""
+
+Protocol = Literal["official", "val", "last"]
+Precision = Literal["auto", "bf16", "bf16-autocast", "fp16", "fp32"]
+
+NORMALIZATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+"""Name -> mean and standard deviation of the three channels, for pixels from 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainOptions:
+    """What `run` and `sweep` share."""
+
+    data: Path = Path("data")
+    """Folder that holds the datasets, as `data prepare` fills it."""
+
+    cache: Path | None = None
+    """Folder for decoded images; DATA/cache by default. Give a fast local disk."""
+
+    output: Path = Path("runs")
+    """Folder for all runs; one run goes to OUTPUT/DATASET/METHOD/PROTOCOL-seedN."""
+
+    protocol: Protocol = "official"
+    """official: test after every epoch and report the best test epoch, as the official code does
+    (chosen on the test images). val: choose the epoch on validation images, then test once.
+    last: test once, after the last epoch."""
+
+    backbone: str = "orig_in21k"
+    """ViT-B/16 weights orig_in21k (those of the paper, as far as is known) or augreg_in21k, or any
+    timm model name."""
+
+    weights: str = "pretrained"
+    """pretrained: timm's, from the hub or its local cache. none: random, for tests. Otherwise a
+    file: .safetensors, .pth or .pt (state dict), .npz (Google)."""
+
+    normalize: str = "imagenet"
+    """Normalisation of the images: imagenet (official code), half (0.5 and 0.5, with which both
+    in21k weights were trained), or six numbers: MEAN,MEAN,MEAN,STD,STD,STD for pixels of 0 to 1."""
+
+    epochs: int | None = None
+    """Passes over the training images; the recipe's by default."""
+
+    batch_size: int | None = None
+    """Images of a step, over all devices; the recipe's by default."""
+
+    eval_batch_size: int | None = None
+    """Images at once in an evaluation, over all devices; the batch size by default."""
+
+    learning_rate: float | None = None
+    """Peak of the schedule; the recipe's by default."""
+
+    weight_decay: float | None = None
+    """Weight decay of AdamW on every trained value; the recipe's by default."""
+
+    match_weight: float | None = None
+    """TCPA: weight of the match distance in the loss; the recipe's by default."""
+
+    pool_size: int | None = None
+    """TCPA: entries of the CLS pool and of the image pool; the recipe's by default."""
+
+    top_k: int | None = None
+    """TCPA: entries of each pool that a token sees; the recipe's by default."""
+
+    random_selection_epochs: int | None = None
+    """TCPA: first epochs with random selection; the recipe's by default."""
+
+    prompt_dropout: float | None = None
+    """Probability with which training zeroes a prompt element; the recipe's by default."""
+
+    mixup_alpha: float | None = None
+    """Parameter of Mixup's Beta distribution, 0 for none; the recipe's by default."""
+
+    label_smoothing: float | None = None
+    """Share of the target that is spread over all classes; the recipe's by default."""
+
+    resize: int | None = None
+    """Shorter side to which images are resized, pixels; the recipe's by default."""
+
+    image_size: int | None = None
+    """Side of the crop that the model sees, pixels; the recipe's by default."""
+
+    precision: Precision = "auto"
+    """bf16: frozen weights stored in bfloat16, trained values in float32. bf16-autocast: float32
+    weights under autocast. fp16: float16 autocast with loss scaling, as the official code. fp32.
+    auto: bf16 where the device computes it natively, else fp32."""
+
+    eval_precision: Literal["train", "fp32"] = "train"
+    """Precision of evaluations: that of the training, or float32 as in the official code."""
+
+    device: str = "auto"
+    """Where to train: auto (a GPU if there is one), cpu, cuda, cuda:1, ... Under torchrun every
+    process takes the GPU of its local rank."""
+
+    compile: bool = False
+    """Compile the model with torch.compile."""
+
+    cuda_graph: bool = False
+    """Replay every training step as one CUDA graph; for one CUDA device, without fp16."""
+
+    resident: bool | None = None
+    """Keep all images in the device's memory; by default where they fit."""
+
+    log_steps: int = 50
+    """Steps between two looks at the loss, which wait for the device."""
+
+    checkpoint_seconds: float = 30.0
+    """Seconds of work that a killed run may lose at most, apart from the last LOG_STEPS steps; 0
+    saves at every look at the loss."""
+
+    tensorboard: bool = True
+    """Also write scalars for TensorBoard, in the run's folder."""
+
+    def __post_init__(self) -> None:
+        _check_options(self)
+
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of the channels."""
+        return parse_normalization(self.normalize)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig(TrainOptions):
+    """Train one method on one dataset; started again, the same command goes on where it was."""
+
+    dataset: Annotated[str, Positional]
+    """One of the ten HTA datasets (dtd, cub, nabirds, stanford_dogs, flower102, food101, cifar100,
+    cifar10, gtsrb, svhn), or `folder` for images of your own."""
+
+    method: str = "vfpt+tcpa"
+    """linear, vpt-deep, vfpt, vpt+tcpa or vfpt+tcpa."""
+
+    seed: int | None = None
+    """Decides initial values, order of the images, augmentation and dropout; the recipe's 3407 by
+    default."""
+
+    def __post_init__(self) -> None:
+        _check_options(self)
+        _require_name("DATASET", self.dataset)
+        _require_name("--method", self.method)
+        if self.seed is not None:
+            _require_seed("--seed", self.seed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepConfig(TrainOptions):
+    """Train every method on every dataset with every seed: one job per GPU, or one after the other.
+
+    Finished runs are skipped and interrupted ones go on, so that the command can be repeated.
+    """
+
+    datasets: Annotated[tuple[str, ...], Positional] = ("hta",)
+    """Datasets; hta stands for all ten."""
+
+    methods: tuple[str, ...] = ("vfpt+tcpa",)
+    """Methods, see `run`."""
+
+    seeds: tuple[int, ...] = (3407,)
+    """One run of every method on every dataset for each of them."""
+
+    gpus: tuple[int, ...] | None = None
+    """GPUs to use, one job at a time each; all by default."""
+
+    print_jobs: bool = False
+    """Print the command of every run on a line of its own, for an array job, and run nothing."""
+
+    def __post_init__(self) -> None:
+        _check_options(self)
+        for option, values in (("DATASETS", self.datasets), ("--methods", self.methods)):
+            _require_different(option, values)
+            for value in values:
+                _require_name(option, value)
+        _require_different("--seeds", self.seeds)
+        for seed in self.seeds:
+            _require_seed("--seeds", seed)
+        if self.gpus is not None:
+            _require_different("--gpus", self.gpus)
+            negative = [gpu for gpu in self.gpus if gpu < 0]
+            require(not negative, "--gpus", negative, "numbers of GPUs from 0", "change them")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecipesConfig:
+    """Print the recipes of the official scripts."""
+
+    csv: bool = False
+    """Print every cell as comma-separated values."""
+
+
+def parse_normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation by name or from six numbers.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text in NORMALIZATIONS:
+        return NORMALIZATIONS[text]
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    usable = len(values) == 6 and all(map(math.isfinite, values)) and min(values[3:]) > 0
+    if not usable:
+        near = difflib.get_close_matches(text, NORMALIZATIONS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "0.5,0.5,0.5,0.5,0.5,0.5 for instance"
+        raise UsageError(
+            f"--normalize: got {text!r}, expected imagenet, half or six numbers with positive "
+            f"deviations; {hint}"
+        )
+    return values[:3], values[3:]
+
+
+def _check_options(options: TrainOptions) -> None:
+    parse_normalization(options.normalize)
+    for name in ("epochs", "batch_size", "eval_batch_size", "pool_size", "resize", "image_size"):
+        _require_range(name, getattr(options, name), 1, math.inf)
+    for name in ("top_k", "random_selection_epochs"):
+        _require_range(name, getattr(options, name), 0, math.inf)
+    for name in ("weight_decay", "match_weight", "mixup_alpha", "checkpoint_seconds"):
+        _require_range(name, getattr(options, name), 0, math.inf)
+    for name in ("prompt_dropout", "label_smoothing"):
+        _require_range(name, getattr(options, name), 0, 1)
+    _require_range("log_steps", options.log_steps, 1, math.inf)
+    rate = options.learning_rate
+    above = rate is None or 0 < rate < math.inf
+    require(above, "--learning-rate", rate, "a number above 0", "leave it out for the recipe's")
+
+
+def _require_range(name: str, value: float | None, low: float, high: float) -> None:
+    """Check `low <= value < high`; None stands for the recipe's value."""
+    option = "--" + name.replace("_", "-")
+    bound = f"{low} or more" + (f" and less than {high}" if high != math.inf else "")
+    usable = value is None or low <= value < high
+    require(usable, option, value, bound, "leave it out for the default")
+
+
+def _require_name(option: str, value: str) -> None:
+    """Refuse what would be no name of a folder in the output."""
+    usable = value and not set(value) & set("/\\\0") and not value.startswith(".")
+    require(bool(usable), option, repr(value), "a name without slashes", "change it")
+
+
+def _require_different(option: str, values: tuple) -> None:
+    shown = ", ".join(map(str, values)) or "no value"
+    usable = 0 < len(values) == len(set(values))
+    require(usable, option, shown, "one or more different values", "change them")
+
+
+def _require_seed(option: str, seed: int) -> None:
+    expected = "an integer from 0 to 2**63 - 1"
+    require(0 <= seed <= MAX_SEED, option, seed, expected, "choose another")

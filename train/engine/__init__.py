@@ -1,0 +1,1 @@
+"""The training engine: from settings and batches to a finished run folder."""

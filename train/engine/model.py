@@ -1,0 +1,69 @@
+"""The model of a run: backbone, prompts and head from the settings."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+import tcpa
+
+from ...cli import UsageError
+from ..backbones import BackboneRecord, load_backbone
+from ..config import RunConfig
+from ..recipes import Recipe
+from .distributed import World
+from .evaluate import Twin
+from .precision import NUMERICS, Numerics, choose_numerics, require_graph
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuiltModel:
+    """A model with the precisions in which it is trained and evaluated."""
+
+    model: tcpa.PromptedViT
+    numerics: Numerics
+    """Of the training."""
+    eval_numerics: Numerics
+    twin: Twin | None
+    """Where evaluations need other frozen weights than the training."""
+    backbone: BackboneRecord
+
+    def for_evaluation(self) -> tcpa.PromptedViT:
+        """Return the model to evaluate, with the trained values as they are now."""
+        return self.model if self.twin is None else self.twin.of(self.model)
+
+
+def build_model(config: RunConfig, settings: Recipe, world: World, num_classes: int) -> BuiltModel:
+    """Create the model on its device, the same on all processes.
+
+    Raises:
+        UsageError: the backbone cannot be had, is not covered, or an option does not fit.
+    """
+    numerics = choose_numerics(config.precision, world.device)
+    if config.cuda_graph:
+        require_graph(numerics, world)
+    # Random weights and the initial values of what is trained come from the seed.
+    torch.manual_seed(settings.seed)
+    backbone, record = load_backbone(config.backbone, config.weights, image_size=settings.crop)
+    exact = NUMERICS["fp32"] if config.eval_precision == "fp32" else numerics
+    separate = exact.weights != numerics.weights
+    spare = copy.deepcopy(backbone) if separate else None
+
+    def wrap(vit: torch.nn.Module, weights: torch.dtype) -> tcpa.PromptedViT:
+        try:
+            return tcpa.wrap(
+                vit.to(world.device, weights),
+                settings.prompts,
+                num_classes=num_classes,
+                normalization=config.normalization,
+            )
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"--backbone {config.backbone}: {error}") from None
+
+    model = wrap(backbone, numerics.weights)
+    twin = None if spare is None else Twin(wrap(spare, exact.weights))
+    if config.compile:
+        model.compile()
+    return BuiltModel(
+        model=model, numerics=numerics, eval_numerics=exact, twin=twin, backbone=record
+    )

@@ -1,0 +1,77 @@
+"""What is minimised: soft-target cross-entropy on mixed images, plus the match distance."""
+
+import torch
+from timm.data.mixup import Mixup, mixup_target
+from timm.loss.cross_entropy import SoftTargetCrossEntropy
+from torch import Tensor
+
+import tcpa
+
+from ..recipes import Recipe
+from .randomness import numpy_seeded
+
+
+class Mixer:
+    """Mixes the images of a batch in pairs and turns labels into soft targets."""
+
+    def __init__(self, settings: Recipe, num_classes: int) -> None:
+        self._settings, self._num_classes = settings, num_classes
+        self.mixes = mixes(settings)
+        self._mixup = Mixup(
+            mixup_alpha=settings.mixup_alpha,
+            cutmix_alpha=settings.cutmix_alpha,
+            prob=settings.mix_prob,
+            label_smoothing=settings.label_smoothing,
+            num_classes=num_classes,
+        )
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, *, epoch: int, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return mixed images and float32 targets `[n, classes]`.
+
+        Row i is mixed with row n - 1 - i; all rows of the global batch by one weight, drawn from
+        (seed, epoch, step). `images` may be changed in place.
+
+        Args:
+            images: float `[n, 3, H, W]`; n is even where images are mixed.
+            labels: int64 `[n]`.
+            epoch, step: position in the training.
+
+        Source:
+            Official trainer: timm's Mixup per batch, label smoothing on every batch.
+        """
+        if not self.mixes or len(images) == 0:
+            smoothing = self._settings.label_smoothing
+            return images, mixup_target(labels, self._num_classes, 1.0, smoothing)
+        with numpy_seeded(self._settings.seed, epoch, step):
+            return self._mixup(images, labels)
+
+
+def mixes(settings: Recipe) -> bool:
+    """Tell whether images are mixed; global batches must then be even."""
+    return settings.mix_prob > 0 and (settings.mixup_alpha > 0 or settings.cutmix_alpha > 0)
+
+
+def match_weight(prompts: tcpa.PromptConfig | None) -> float:
+    """Return the weight of the match distance in the loss."""
+    return prompts.match_weight if isinstance(prompts, tcpa.TCPAConfig) else 0.0
+
+
+_soft_cross_entropy = SoftTargetCrossEntropy()
+
+
+def losses(logits: Tensor, distance: Tensor, targets: Tensor, weight: float) -> Tensor:
+    """Return loss, cross-entropy and match distance of a batch, float32 `[3]`.
+
+    loss = mean over images of cross-entropy(logits, soft targets) + weight * distance.
+
+    Args:
+        logits: `[n, classes]`, any precision; the loss is computed in float32.
+        distance: scalar.
+        targets: float32 `[n, classes]`, rows sum to 1.
+        weight: of the distance.
+    """
+    cross_entropy = _soft_cross_entropy(logits.float(), targets)
+    distance = distance.float()
+    return torch.stack((cross_entropy + weight * distance, cross_entropy, distance))

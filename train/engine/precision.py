@@ -1,0 +1,57 @@
+"""Precisions of training and evaluation."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from ...cli import require
+from ..config import Precision
+from ..demo.backbone import fast_dtype
+from .distributed import World
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """How the model computes; trained values are float32 in all of them."""
+
+    name: str
+    weights: torch.dtype = torch.float32
+    """Dtype of the frozen weights and of the images."""
+    autocast: torch.dtype | None = None
+    """Dtype of matrix products under autocast; None without autocast."""
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether gradients could underflow, so that the loss is scaled."""
+        return self.autocast == torch.float16
+
+    def context(self, device: torch.device) -> AbstractContextManager[object]:
+        """Return the autocast context in which the model is called."""
+        dtype = self.autocast or torch.bfloat16
+        return torch.autocast(device.type, dtype, enabled=self.autocast is not None)
+
+
+NUMERICS = {
+    "bf16": Numerics("bf16", weights=torch.bfloat16),
+    "bf16-autocast": Numerics("bf16-autocast", autocast=torch.bfloat16),
+    "fp16": Numerics("fp16", autocast=torch.float16),
+    "fp32": Numerics("fp32"),
+}
+
+
+def choose_numerics(precision: Precision, device: torch.device) -> Numerics:
+    """Return what a precision means on a device; "auto" is bf16 where that is native."""
+    if precision != "auto":
+        return NUMERICS[precision]
+    return NUMERICS["bf16" if fast_dtype(device) == torch.bfloat16 else "fp32"]
+
+
+def require_graph(numerics: Numerics, world: World) -> None:
+    """Raise UsageError unless a training step can be replayed as a CUDA graph."""
+    device, option = world.device.type, "--cuda-graph"
+    remedy = "leave --cuda-graph out"
+    require(device == "cuda", option, f"--device {device}", "a CUDA device", remedy)
+    require(world.size == 1, option, f"{world.size} processes", "one process", remedy)
+    usable, expected = not numerics.scales_loss, "bf16, bf16-autocast or fp32"
+    require(usable, option, f"--precision {numerics.name}", expected, remedy)

@@ -1,0 +1,107 @@
+"""From what a user asked for to what a run does: the recipe with the options put over it."""
+
+import dataclasses
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tcpa
+
+from ...cli import UsageError, require
+from ..config import RunConfig
+from ..recipes import Recipe, recipe
+
+DIRECT = {
+    "epochs": "epochs",
+    "batch_size": "batch_size",
+    "learning_rate": "learning_rate",
+    "weight_decay": "weight_decay",
+    "mixup_alpha": "mixup_alpha",
+    "label_smoothing": "label_smoothing",
+    "resize": "resize",
+    "image_size": "crop",
+    "seed": "seed",
+}
+"""Option -> field of the recipe that it replaces."""
+
+POOLS: dict[str, tuple[str, ...]] = {
+    "match_weight": ("match_weight",),
+    "random_selection_epochs": ("random_selection_epochs",),
+    "pool_size": ("cls_pool_size", "image_pool_size"),
+    "top_k": ("cls_top_k", "image_top_k"),
+}
+"""Option -> fields of `TCPAConfig` that it replaces."""
+
+DECISIVE = (
+    "protocol",
+    "backbone",
+    "weights",
+    "normalize",
+    "precision",
+    "eval_precision",
+    "compile",
+    "cuda_graph",
+)
+"""Options that are part of no recipe and still change what a run computes."""
+
+
+def resolve(config: RunConfig) -> Recipe:
+    """Return the recipe of a run with the options that were given in place of its values.
+
+    Raises:
+        UsageError: an option does not fit the method, or the values do not fit each other.
+    """
+    found = recipe(config.dataset, config.method)
+    given = {field: getattr(config, option) for option, field in DIRECT.items()}
+    given = {field: value for field, value in given.items() if value is not None}
+    found = replace(found, prompts=_resolve_prompts(config, found.prompts), **given)
+    small, remedy = found.crop <= found.resize, "change --resize or --image-size"
+    require(small, "--image-size", found.crop, f"at most --resize ({found.resize})", remedy)
+    return found
+
+
+def _resolve_prompts(
+    config: RunConfig, prompts: tcpa.PromptConfig | None
+) -> tcpa.PromptConfig | None:
+    changes: dict[str, Any] = {}
+    for option, fields in POOLS.items():
+        value = getattr(config, option)
+        if value is None:
+            continue
+        _require_method(config, option, isinstance(prompts, tcpa.TCPAConfig), "with TCPA")
+        changes |= dict.fromkeys(fields, value)
+    if config.prompt_dropout is not None:
+        _require_method(config, "prompt_dropout", prompts is not None, "with prompts")
+        name = "prompt_dropout" if isinstance(prompts, tcpa.TCPAConfig) else "dropout"
+        changes[name] = config.prompt_dropout
+    if prompts is None or not changes:
+        return prompts
+    try:
+        return replace(prompts, **changes)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _require_method(config: RunConfig, option: str, usable: bool, expected: str) -> None:
+    name, value = "--" + option.replace("_", "-"), getattr(config, option)
+    got = f"{value} with --method {config.method}"
+    require(usable, name, got, f"a method {expected}", "leave it out")
+
+
+def run_folder(config: RunConfig, settings: Recipe) -> Path:
+    """Return the folder of a run."""
+    name = f"{config.protocol}-seed{settings.seed}"
+    return config.output / config.dataset / config.method / name
+
+
+def describe(config: RunConfig, settings: Recipe) -> dict[str, Any]:
+    """Return everything that decides a result, as JSON: what `config.json` of a run holds.
+
+    Two runs with equal descriptions compute the same; a run folder goes on only with the same one.
+    """
+    mean, std = config.normalization
+    return {
+        "recipe": dataclasses.asdict(settings),
+        "options": {name: getattr(config, name) for name in DECISIVE},
+        "normalization": {"mean": list(mean), "std": list(std)},
+    }

@@ -1,0 +1,228 @@
+"""Training steps: forward, backward, AdamW, without waiting for the device.
+
+The loss of a step stays on the device; `take_losses` is the one place that waits for it.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import tcpa
+from tcpa.official import official_learning_rate
+
+from ..recipes import Recipe
+from .distributed import World
+from .objective import Mixer, losses, match_weight
+from .precision import Numerics
+from .randomness import seed_model
+
+
+class Trainer:
+    """Trains the trained values of a model; the frozen weights are never touched.
+
+    Attributes:
+        model: the model, on the device of `world`.
+        optimizer: AdamW on the trained values, weight decay on all of them (as officially).
+        scaler: scales the loss under float16 autocast, and is inactive otherwise.
+    """
+
+    def __init__(
+        self,
+        model: tcpa.PromptedViT,
+        settings: Recipe,
+        world: World,
+        numerics: Numerics,
+        *,
+        total_steps: int,
+        graph: bool = False,
+    ) -> None:
+        self.model, self.world = model, world
+        self._settings, self._numerics, self._total = settings, numerics, total_steps
+        self._mixer = Mixer(settings, model.num_classes)
+        self._weight = match_weight(settings.prompts)
+        self._graph = _StepGraph(self) if graph else None
+        rate = torch.zeros((), device=world.device) if graph else 0.0
+        self.optimizer = torch.optim.AdamW(
+            model.trainable_parameters(),
+            lr=rate,
+            weight_decay=settings.weight_decay,
+            # The fused form reads its step counters on the device; the others would wait for them.
+            fused=True,
+            capturable=graph,
+        )
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=numerics.scales_loss)
+        self._module = self._distribute(model)
+        self._sums = torch.zeros(3, device=world.device)
+        self._seen = 0
+
+    def _distribute(self, model: nn.Module) -> nn.Module:
+        if self.world.size == 1:
+            return model
+        # Keys get no gradient where nothing is matched.
+        role = getattr(self._settings.prompts, "coordination", "token") == "role"
+        index = self.world.device.index
+        return DistributedDataParallel(
+            model,
+            device_ids=None if index is None else [index],
+            gradient_as_bucket_view=True,
+            find_unused_parameters=role,
+        )
+
+    def step(self, batch: Any, epoch: int, index: int, step: int) -> None:
+        """Train on a batch.
+
+        Args:
+            batch: see `tcpa.train.data`; its images may be changed.
+            epoch, index: epoch and number of the batch in it, from 0.
+            step: number of the step in the training, from 0.
+        """
+        rate = self.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        images, targets = self._mixer(batch.images, batch.labels, epoch=epoch, step=index)
+        images = images.to(self._numerics.weights)
+        count = len(images)
+        if count == 0:
+            # This process has no row of a tiny last batch and joins the others with weight 0.
+            images, targets = _dummy(images), _dummy(targets)
+        # The mean over processes that DistributedDataParallel takes becomes the global mean.
+        scale = count * self.world.size / batch.size
+        seed_model(self._settings.seed, epoch, index, self.world.rank)
+        if self._graph is None:
+            found = self.update(images, targets, scale)
+        else:
+            found = self._graph.update(images, targets, scale)
+        self._sums += found * count
+        self._seen += count
+
+    def update(self, images: Tensor, targets: Tensor, scale: float) -> Tensor:
+        """Do what a step does on the device; return loss, cross-entropy, distance `[3]`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._numerics.context(self.world.device):
+            logits, distance = self._module(images, return_distance=True)
+        found = losses(logits, distance, targets, self._weight)
+        self.scaler.scale(found[0] * scale).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return found.detach()
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step: warm-up, then cosine, per step."""
+        return official_learning_rate(
+            step,
+            base_lr=self._settings.learning_rate,
+            total_steps=self._total,
+            warmup_fraction=self._settings.warmup_fraction,
+        )
+
+    def take_losses(self) -> tuple[list[float], int]:
+        """Return sums over images of loss, cross-entropy and distance, and their number, of all
+        processes since the last call; waits for the device."""
+        seen = torch.tensor([self._seen], device=self.world.device, dtype=torch.float64)
+        sums = self.world.sum(torch.cat((self._sums.double(), seen))).tolist()
+        self._sums.zero_()
+        self._seen = 0
+        return sums[:3], int(sums[3])
+
+    # What a checkpoint holds of the training.
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return trained values and the optimiser's state, by name."""
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.model.trainable_named_parameters().items():
+            found[f"model/{name}"] = parameter.detach()
+            for key, value in self.optimizer.state[parameter].items():
+                found[f"optimizer/{key}/{name}"] = value
+        return found
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take what `tensors` returned.
+
+        Raises:
+            ValueError: it is of another model.
+        """
+        named = self.model.trainable_named_parameters()
+        for name, parameter in named.items():
+            value = tensors.get(f"model/{name}")
+            if value is None or value.shape != parameter.shape:
+                raise ValueError(f"no value of shape {list(parameter.shape)} for {name}")
+            parameter.copy_(value)
+            state = self.optimizer.state[parameter]
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                saved = tensors.get(f"optimizer/{key}/{name}")
+                if saved is not None:
+                    state[key] = saved.to(parameter.device, copy=True)
+
+
+def _dummy(values: Tensor) -> Tensor:
+    return values.new_zeros(1, *values.shape[1:])
+
+
+class _StepGraph:
+    """The device's part of a step as one CUDA graph; captured anew when the selection changes.
+
+    Batches of another size than the first run without it.
+    """
+
+    WARM_UPS = 3
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._graph: Any = None
+        self._inputs: tuple[Tensor, Tensor] | None = None
+        self._found: Tensor | None = None
+        self._selects_randomly: bool | None = None
+
+    def update(self, images: Tensor, targets: Tensor, scale: float) -> Tensor:
+        """Replay a step; the numbers it draws come from the generator as it is seeded now."""
+        random = self._random()
+        if self._inputs is None or self._selects_randomly != random:
+            self._capture(images, targets, scale)
+            self._selects_randomly = random
+        inputs = cast(tuple[Tensor, Tensor], self._inputs)
+        if images.shape != inputs[0].shape:
+            return self._trainer.update(images, targets, scale)
+        for static, value in zip(inputs, (images, targets), strict=True):
+            static.copy_(value)
+        self._graph.replay()
+        return cast(Tensor, self._found)
+
+    def _random(self) -> bool:
+        model = self._trainer.model
+        return model.epoch < getattr(model.config, "random_selection_epochs", 0)
+
+    def _capture(self, images: Tensor, targets: Tensor, scale: float) -> None:
+        """Capture; the steps that warm up leave no trace in parameters, optimiser or generator."""
+        self._graph = self._found = None
+        inputs = self._inputs = (images.clone(), targets.clone())
+        state = torch.cuda.get_rng_state(self._trainer.world.device)
+        before = self._values()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(self.WARM_UPS):
+                self._trainer.update(*inputs, scale)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._restore(before)
+        torch.cuda.set_rng_state(state, self._trainer.world.device)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._found = self._trainer.update(*inputs, scale)
+
+    def _values(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self._trainer.tensors().items()}
+
+    @torch.no_grad()
+    def _restore(self, before: dict[str, Tensor]) -> None:
+        """Put values back in place; an optimiser that had no state yet starts from zeros."""
+        for name, value in self._trainer.tensors().items():
+            if name in before:
+                value.copy_(before[name])
+            else:
+                value.zero_()
