@@ -1,0 +1,1 @@
+"""Datasets of the HTA benchmark: fetch, check, decode once, and bring batches to the device."""

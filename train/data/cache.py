@@ -1,0 +1,142 @@
+"""A pool of images decoded and resized once: bytes in one file that processes map and share.
+
+A finished cache is a folder with `pixels.bin` (image after image, each uint8 `[3, h, w]`),
+`index.safetensors` (where each lies and its size) and `cache.json` (settings and checksums). It
+appears in one step; `building.py` makes it.
+"""
+
+import hashlib
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as transforms
+
+from ...cli import UsageError
+
+FORMAT = 1
+"""Number of the layout; a cache of another is built anew."""
+
+RESIZE = 256
+"""Shorter side of the official code, pixels."""
+
+PIXELS, INDEX, ABOUT = "pixels.bin", "index.safetensors", "cache.json"
+
+
+def resized_size(width: int, height: int, resize: int) -> tuple[int, int]:
+    """Return width and height once the shorter side has `resize` pixels, as torchvision rounds."""
+    if width <= height:
+        return resize, int(resize * height / width)
+    return int(resize * width / height), resize
+
+
+def resized(picture: Image.Image, resize: int) -> np.ndarray:
+    """Scale the shorter side to `resize` with torchvision's Resize: uint8 `[3, h, w]`."""
+    scaled = transforms.resize(picture, [resize], InterpolationMode.BILINEAR)  # pyright: ignore[reportArgumentType]
+    return np.ascontiguousarray(np.asarray(scaled).transpose(2, 0, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Images `[3, h, w]` of several sizes, one after another."""
+
+    folder: Path
+    pixels: Tensor
+    """uint8 `[bytes]`, mapped from the file: read it only, it is shared."""
+
+    offsets: np.ndarray
+    """Where each image begins, int64 `[N]`."""
+
+    heights: np.ndarray
+    """int64 `[N]`, pixels."""
+
+    widths: np.ndarray
+    """int64 `[N]`, pixels."""
+
+    about: dict[str, Any]
+    """Settings, checksums and the key of the source."""
+
+    @property
+    def resize(self) -> int:
+        """Shorter side of every image, pixels."""
+        return self.about["resize"]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def image(self, index: int) -> Tensor:
+        """Return one image, uint8 `[3, h, w]`, without a copy."""
+        height, width = int(self.heights[index]), int(self.widths[index])
+        start = int(self.offsets[index])
+        return self.pixels[start : start + 3 * height * width].view(3, height, width)
+
+    def check(self) -> None:
+        """Read everything and compare the checksums.
+
+        Raises:
+            UsageError: bytes have changed; names the file and the place.
+        """
+        with (self.folder / PIXELS).open("rb") as stream:
+            for part in self.about["chunks"]:
+                stream.seek(part["offset"])
+                if hash_range(stream, part["bytes"]) != part["sha256"]:
+                    end = part["offset"] + part["bytes"]
+                    raise damaged(
+                        self.folder / PIXELS,
+                        f"other bytes between {part['offset']:,} and {end:,} than were written",
+                    )
+
+
+def hash_range(stream, count: int) -> str:
+    """Return the SHA-256 of the next bytes of a stream."""
+    digest = hashlib.sha256()
+    while count > 0 and (block := stream.read(min(count, 1 << 22))):
+        digest.update(block)
+        count -= len(block)
+    return digest.hexdigest()
+
+
+def damaged(path: Path, got: str) -> UsageError:
+    """Return the error for a cache that is not as it was written."""
+    return UsageError(
+        f"{path}: got {got}, expected the cache as it was built; remove the folder {path.parent} "
+        "and it is built anew"
+    )
+
+
+def open_cache(folder: Path) -> Cache:
+    """Map a finished cache.
+
+    Raises:
+        UsageError: a file is missing or altered; names it. Pixels are only counted, see `check`.
+    """
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        index_bytes = (folder / INDEX).read_bytes()
+        size = (folder / PIXELS).stat().st_size
+        same = hashlib.sha256(index_bytes).hexdigest() == about["index_sha256"]
+        index = load_safetensors(index_bytes)
+        offsets, heights, widths = (index[name] for name in ("offsets", "heights", "widths"))
+        expected = about["bytes"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise damaged(folder / ABOUT, f"a cache that cannot be read ({reason})") from None
+    if not same:
+        raise damaged(folder / INDEX, "another checksum")
+    if size != expected:
+        raise damaged(folder / PIXELS, f"{size:,} bytes instead of {expected:,}")
+    mapped = np.memmap(folder / PIXELS, np.uint8, "r")
+    with warnings.catch_warnings():
+        # The map is read-only on purpose, and nothing here writes to it.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        pixels = torch.from_numpy(mapped)
+    return Cache(folder, pixels, offsets, heights, widths, about)

@@ -1,0 +1,70 @@
+"""A split of a dataset together with the cache of its images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .building import Progress, build_cache, describe
+from .cache import RESIZE, Cache
+from .splits import FOLDER, Split, SplitName, open_split
+
+
+@dataclass(frozen=True, slots=True)
+class CachedSplit:
+    """What `Batches` takes: images decoded once, and which of them with which labels."""
+
+    cache: Cache
+    rows: np.ndarray
+    """Places in the cache, int64 `[N]`."""
+
+    labels: np.ndarray
+    """Classes, int64 `[N]`."""
+
+    class_names: list[str]
+    record: dict[str, Any]
+    """Rule of the split, counts, checksums: for the record of a run."""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+def default_cache(name: str, root: Path) -> Path:
+    """Return the folder for caches: ROOT/cache, beside and not inside a folder of one's own."""
+    return (
+        root.resolve().with_name(f"{root.resolve().name}.cache")
+        if name == FOLDER
+        else root / "cache"
+    )
+
+
+def open_cached(
+    name: str,
+    root: Path,
+    split: SplitName,
+    *,
+    protocol: str = "official",
+    cache: Path | None = None,
+    resize: int = RESIZE,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> CachedSplit:
+    """Open a split and the cache of its images, building that if need be.
+
+    train, val and trainval share one cache, whatever the protocol.
+
+    Args:
+        name, root, split, protocol: as `open_split`.
+        cache: folder for caches; None: `default_cache`.
+        resize, workers, progress: as `build_cache`.
+    """
+    opened: Split = open_split(name, root, split, protocol=protocol)
+    folder = default_cache(name, root) if cache is None else cache
+    label = f"{root.resolve().name if name == FOLDER else name}-{opened.pool_name}"
+    built = build_cache(
+        opened.pool, folder, label, resize=resize, workers=workers, progress=progress
+    )
+    record = opened.record | {"cache": describe(built)}
+    return CachedSplit(built, opened.rows, opened.labels, opened.class_names, record)

@@ -1,0 +1,197 @@
+"""Open a split of a dataset under a protocol: which images, which labels, and by what rule."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ...cli import UsageError
+from .own_folder import read_own
+from .pools import Pool
+from .readers import READERS, Listing
+from .registry import HTA, Rule
+from .stratify import held_out
+from .vpt import IMAGES, find_splits, read_splits
+
+FOLDER = "folder"
+"""Name of the dataset that is a folder of the user's own."""
+
+NAMES = (*HTA, FOLDER)
+SplitName = Literal["train", "val", "test", "trainval"]
+OFFICIAL_SEED = 3407
+"""Seed of the official code; Python's generator is fresh when it shuffles the training images."""
+
+KEPT = 0.8
+"""Share of the training images that the official code trains on, where it cuts them itself."""
+
+VAL_SHARE: dict[Rule, float] = {"given": 0.1, "vpt": 0.1, "first": 0.2, "shuffle": 0.2}
+"""Share of the official training images that our own rule holds out."""
+
+OURS = "a hash of their names, stratified; this split is ours, not the authors'"
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Images of a pool with labels."""
+
+    dataset: str
+    name: SplitName
+    pool_name: Literal["train", "test"]
+    pool: Pool
+    rows: np.ndarray
+    """Places in the pool, int64 `[N]`."""
+
+    labels: np.ndarray
+    """Classes 0..C - 1, int64 `[N]`."""
+
+    class_names: list[str]
+    record: dict[str, Any]
+    """How the split was made and what to know about it, for the record of a run."""
+
+
+def read_listing(name: str, root: Path) -> Listing:
+    """Read what is on disk of a dataset.
+
+    Args:
+        name: one of `NAMES`.
+        root: the folder that has all datasets (`--data`); for "folder" the dataset itself.
+
+    Raises:
+        UsageError: unknown name; a file is missing, broken, or has an unknown label.
+    """
+    if name not in NAMES:
+        raise UsageError(
+            f"dataset: got {name!r}, expected one of {', '.join(NAMES)}; check the spelling"
+        )
+    if name == FOLDER:
+        listing = read_own(root)
+    else:
+        folder = root / HTA[name].folder
+        if not folder.is_dir():
+            raise UsageError(
+                f"{folder}: got no such folder, expected {HTA[name].title}; "
+                f"run `tcpa-train data prepare {name} --data {root}`"
+            )
+        if name in IMAGES and find_splits(folder):
+            listing = read_splits(folder, IMAGES[name], _archive_class_names(name, folder))
+        else:
+            listing = READERS[name](folder)
+    for part, pool in listing.pools.items():
+        if not len(pool):
+            raise UsageError(f"{root}: got no {part} images of {name}, expected some; fetch it")
+    return listing
+
+
+def _archive_class_names(name: str, folder: Path) -> list[str]:
+    """Return class names as the archive has them; VPT's files only have ids."""
+    try:
+        return READERS[name](folder).class_names
+    except UsageError:
+        # The split files are enough; the lists of the archive may have been left out.
+        return []
+
+
+def open_split(name: str, root: Path, split: SplitName, *, protocol: str = "official") -> Split:
+    """Open one split of a dataset.
+
+    Args:
+        name: one of `NAMES`.
+        root: the folder that has all datasets (`--data`); for "folder" the dataset itself.
+        split: "trainval" is all official training images.
+        protocol: "official" follows the official code with its leaks and faults (`Rule`); any other
+            makes train and val out of the official training images once, without overlap.
+
+    Raises:
+        UsageError: as `read_listing`; "trainval" of the official protocol, which has none.
+    """
+    listing = read_listing(name, root)
+    rule: Rule = HTA[name].rule if name in HTA else "given"
+    pool_name: Literal["train", "test"] = "test" if split == "test" else "train"
+    pool, labels = listing.pools[pool_name], listing.labels[pool_name]
+    if split == "test":
+        rows, told = np.arange(len(pool)), "the official test images"
+        rows = listing.given.get("test", rows)
+    elif split == "trainval":
+        if protocol == "official":
+            raise UsageError(
+                "split: got trainval with protocol official, expected train, val or test: there, "
+                "train and val may overlap; choose another protocol"
+            )
+        rows, told = np.arange(len(pool)), "all official training images"
+    elif protocol == "official":
+        rows, told = _official_rows(listing, rule, split)
+    else:
+        rows, told = _honest_rows(listing, rule, split)
+    labels = labels[rows]
+    if protocol == "official" and split in listing.official_labels:
+        labels = listing.official_labels[split]
+        told += "; labels numbered within this file"
+    record = {
+        "dataset": name,
+        "split": split,
+        "protocol": protocol,
+        "rule": told,
+        "images": len(rows),
+        "classes": len(listing.class_names),
+    }
+    if name in HTA:
+        record |= _against_registry(name, split, protocol, len(rows), len(listing.class_names))
+    return Split(name, split, pool_name, pool, rows, labels, listing.class_names, record)
+
+
+def _official_rows(listing: Listing, rule: Rule, split: str) -> tuple[np.ndarray, str]:
+    if split in listing.given:
+        source = "VPT's split files" if listing.from_vpt else "the dataset's own split"
+        return listing.given[split], source
+    count = len(listing.pools["train"])
+    kept = int(KEPT * count)
+    rows = np.arange(count)
+    part = slice(kept) if split == "train" else slice(kept, None)
+    if rule == "first":
+        where = "first 80 %" if split == "train" else "last 20 %"
+        return rows[part], f"{where} of the training images in the order of the file"
+    if rule == "shuffle":
+        generator = random.Random(OFFICIAL_SEED)
+        order = rows.tolist()
+        generator.shuffle(order)
+        if split == "val":
+            # The official code reads the files anew and lets the same generator go on.
+            order = rows.tolist()
+            generator.shuffle(order)
+        told = "first 80 %" if split == "train" else "last 20 % of another shuffle (leak)"
+        return np.array(order[part]), f"training images shuffled by seed {OFFICIAL_SEED}, {told}"
+    return _honest_rows(listing, rule, split)
+
+
+def _honest_rows(listing: Listing, rule: Rule, split: str) -> tuple[np.ndarray, str]:
+    if split in listing.given:
+        source = "VPT's split files" if listing.from_vpt else "the dataset's own split"
+        return listing.given[split], source
+    pool, share = listing.pools["train"], VAL_SHARE[rule]
+    keys = listing.groups or [pool.key(row) for row in range(len(pool))]
+    val = held_out(listing.labels["train"], keys, share, OFFICIAL_SEED)
+    told = f"{share:.0%} of the training images held out by {OURS}"
+    if listing.groups:
+        told += "; tracks stay whole"
+    if split == "val":
+        return val, told
+    keep = np.ones(len(pool), bool)
+    keep[val] = False
+    return np.flatnonzero(keep), told
+
+
+def _against_registry(
+    name: str, split: str, protocol: str, images: int, classes: int
+) -> dict[str, Any]:
+    dataset = HTA[name]
+    counts = dataset.official if protocol == "official" else dataset.honest
+    expected = counts["train"] + counts["val"] if split == "trainval" else counts[split]
+    record: dict[str, Any] = {
+        "expected_images": expected,
+        "complete": images == expected and classes == dataset.classes,
+    }
+    if dataset.caution:
+        record["caution"] = dataset.caution
+    return record
