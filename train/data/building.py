@@ -109,7 +109,8 @@ def _build(
     with ThreadPoolExecutor(8) as threads:
         sizes = list(threads.map(pool.size, range(len(pool))))
     scaled = np.array([resized_size(*size, resize) for size in sizes], np.int64)
-    widths, heights = scaled[:, 0], scaled[:, 1]
+    # safetensors writes the memory of an array, whatever its strides.
+    widths, heights = np.ascontiguousarray(scaled.T)
     ends = np.cumsum(3 * widths * heights)
     offsets = np.concatenate([[0], ends[:-1]]).astype(np.int64)
     total = int(ends[-1])
