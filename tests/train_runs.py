@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-
 from tcpa.train.config import RunConfig
 from tcpa.train.engine.inputs import Splits
+from torch import Tensor
 
 SIZE, CLASSES = 32, 4
 

@@ -96,7 +96,9 @@ def load_backbone(
 
 def _create(name: str, image_size: int, *, pretrained: bool) -> nn.Module:
     own = timm.get_pretrained_cfg(name)
-    size = {} if own is not None and own.input_size[-1] == image_size else {"img_size": image_size}
+    size: dict[str, Any] = {}
+    if own is None or own.input_size[-1] != image_size:
+        size["img_size"] = image_size
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
     except TypeError as error:

@@ -43,7 +43,7 @@ class TrainOptions:
     protocol: Protocol = "official"
     """official: test after every epoch and report the best test epoch, as the official code does
     (chosen on the test images). val: choose the epoch on validation images, then test once.
-    last: test once, after the last epoch."""
+    last: test once, after the last epoch. All of them train on the same part of the data."""
 
     backbone: str = "orig_in21k"
     """ViT-B/16 weights orig_in21k (those of the paper, as far as is known) or augreg_in21k, or any

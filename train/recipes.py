@@ -64,7 +64,7 @@ class Recipe:
     script: str
     """File of the official repository; "" without one."""
     note: str
-    """What no source says and was therefore taken from somewhere else; "" for a published recipe."""
+    """What no source says and was taken from elsewhere; "" for a published recipe."""
     prompts: tcpa.PromptConfig | None
     learning_rate: float
     """Peak of the schedule."""

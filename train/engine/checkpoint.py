@@ -99,5 +99,6 @@ def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        digest.update(values)
     return digest.hexdigest()

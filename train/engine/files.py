@@ -1,5 +1,6 @@
 """Files that are never half there: written beside their place, flushed to disk, moved into it."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -30,7 +31,8 @@ def write_whole(path: Path, data: bytes, *, keep: Path | None = None) -> None:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise cannot_write(path, error) from None
 
 

@@ -1,5 +1,6 @@
 """Metrics of a run: JSON lines, the source of truth, and the same numbers for TensorBoard."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -33,13 +34,13 @@ class Journal:
         """
         self.path = folder / METRICS
         try:
-            self._file = self.path.open("ab")
-            size = self._file.tell()
+            size = self.path.stat().st_size if self.path.exists() else 0
             if size < keep:
                 raise UsageError(
                     f"{self.path}: got {size} bytes, expected {keep} or more, as the checkpoint "
                     f"says; restore the file, or delete {folder} to begin anew"
                 )
+            self._file = self.path.open("ab")
             self._file.truncate(keep)
         except OSError as error:
             raise cannot_write(self.path, error) from None
@@ -77,7 +78,9 @@ class Journal:
 
     def close(self) -> None:
         """Close the files."""
-        self._file.close()
+        # What could not be written was told when it happened; closing would tell it again.
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

@@ -21,7 +21,7 @@ from .model import BuiltModel
 from .progress import Display
 from .steps import Trainer
 
-LOSSES = ("loss", "cross_entropy", "distance")
+LOSSES: tuple[str, ...] = ("loss", "cross_entropy", "distance")
 
 CHOOSES_ON = {"official": "test", "val": "val", "last": None}
 """Protocol -> split that is evaluated after every epoch and chooses the epoch."""

@@ -28,6 +28,11 @@ class BuiltModel:
     """Where evaluations need other frozen weights than the training."""
     backbone: BackboneRecord
 
+    def implementation(self, world: World) -> tuple[str, str]:
+        """Return what computes the attention, and why."""
+        with self.numerics.context(world.device):
+            return self.model.implementation
+
     def for_evaluation(self) -> tcpa.PromptedViT:
         """Return the model to evaluate, with the trained values as they are now."""
         return self.model if self.twin is None else self.twin.of(self.model)
