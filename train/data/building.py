@@ -319,6 +319,9 @@ def _disk_errors(staging: Path) -> Iterator[None]:
     """Tell of a full or read-only disk in one line."""
     try:
         yield
+    except BrokenPipeError:
+        # The reader of the progress is gone.
+        raise
     except OSError as error:
         raise UsageError(
             f"{staging}: got an error of the disk ({error.strerror or error}), expected room for "
