@@ -4,17 +4,17 @@ Everything that draws numbers is on: shuffling, augmentation, Mixup, prompt drop
 selection. A run saves after every step here, so that most kills have a checkpoint behind them.
 """
 
+import functools
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from tcpa.train.engine.checkpoint import CURRENT
+from train_zygote import Zygote
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked and killed")
 
@@ -33,37 +33,10 @@ KILLS = [
 """Where a run is killed, see `train_zygote`; the first batch is that of the pipeline's timing."""
 
 
-class Zygote:
-    """Answers jobs with exit statuses."""
-
-    def __init__(self) -> None:
-        script = Path(__file__).with_name("train_zygote.py")
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-
-    def train(self, output: Path, kill: tuple | None = None, **options) -> int:
-        assert self._process.stdin and self._process.stdout
-        job = {"output": str(output), "options": OPTIONS | options, "kill": kill}
-        print(json.dumps(job), file=self._process.stdin, flush=True)
-        return int(self._process.stdout.readline())
-
-    def stop(self) -> None:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-
-
 @pytest.fixture(scope="module")
-def zygote():
+def train():
     found = Zygote()
-    yield found
+    yield functools.partial(found.train, **OPTIONS)
     found.stop()
 
 
@@ -85,9 +58,9 @@ def end_of(output: Path):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(zygote, tmp_path_factory):
+def uninterrupted(train, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole")
-    assert zygote.train(output) == 0
+    assert train(output) == 0
     return end_of(output)
 
 
@@ -102,6 +75,8 @@ def assert_same_end(output, uninterrupted):
 def test_the_whole_run_is_what_the_others_are_compared_with(uninterrupted):
     tensors, state, lines, _ = uninterrupted
     assert state["step"] == STEPS
+    # Not the last one, so that its values have to be carried over.
+    assert state["best_epoch"] < state["epoch"]
     assert [line["step"] for line in lines if line["kind"] == "steps"] == [*range(1, STEPS + 1)]
     assert {line["kind"] for line in lines} == {"steps", "epoch", "evaluation"}
     kinds = {name.split("/")[0] for name in tensors}
@@ -111,24 +86,27 @@ def test_the_whole_run_is_what_the_others_are_compared_with(uninterrupted):
 
 
 @pytest.mark.parametrize("kill", KILLS, ids=lambda kill: f"{kill[0]}-{kill[1]}")
-def test_a_killed_run_ends_the_same(kill, zygote, uninterrupted, tmp_path):
-    assert zygote.train(tmp_path, kill) == -9
-    assert zygote.train(tmp_path) == 0
+def test_a_killed_run_ends_the_same(kill, train, uninterrupted, tmp_path):
+    assert train(tmp_path, kill) == -9
+    saved = bool(list(tmp_path.rglob("checkpoint*.safetensors")))
+    assert train(tmp_path) == 0
     assert_same_end(tmp_path, uninterrupted)
+    (environment,) = tmp_path.rglob("environment.json")
+    assert (json.loads(environment.read_text())[-1]["from_step"] > 0) == saved
 
 
-def test_a_run_that_is_killed_again_and_again_ends_the_same(zygote, uninterrupted, tmp_path):
+def test_a_run_that_is_killed_again_and_again_ends_the_same(train, uninterrupted, tmp_path):
     kills = [("step", 3), ("half", 2), ("line", 2), ("before", 4), ("step", 2), ("after", 3)]
     for kill in kills:
-        assert zygote.train(tmp_path, kill) == -9
-    assert zygote.train(tmp_path) == 0
+        assert train(tmp_path, kill) == -9
+    assert train(tmp_path) == 0
     assert_same_end(tmp_path, uninterrupted)
 
 
-def test_a_run_between_checkpoints_repeats_what_was_lost(zygote, uninterrupted, tmp_path):
+def test_a_run_between_checkpoints_repeats_what_was_lost(train, uninterrupted, tmp_path):
     # Nothing is saved before the end: all of it is done again.
-    assert zygote.train(tmp_path, ("step", 8), checkpoint_seconds=1e6) == -9
-    assert zygote.train(tmp_path, checkpoint_seconds=1e6) == 0
+    assert train(tmp_path, ("step", 8), checkpoint_seconds=1e6) == -9
+    assert train(tmp_path, checkpoint_seconds=1e6) == 0
     assert_same_end(tmp_path, uninterrupted)
 
 
@@ -137,12 +115,12 @@ TOO_LARGE = [("limit", 600), ("limit", 2500), ("limit", 50_000)]
 
 
 @pytest.mark.parametrize("fault", FULL + TOO_LARGE, ids=lambda fault: f"{fault[0]}-{fault[1]}")
-def test_a_full_disk_is_named_and_nothing_is_lost(fault, zygote, uninterrupted, tmp_path):
-    assert zygote.train(tmp_path, fault) == 3
+def test_a_full_disk_is_named_and_nothing_is_lost(fault, train, uninterrupted, tmp_path):
+    assert train(tmp_path, fault) == 3
     message = (tmp_path / "error.txt").read_text()
     reason = "No space left on device" if fault in FULL else "File too large"
     assert reason in message and str(tmp_path) in message
     assert "run the same command again" in message
     assert not list(tmp_path.rglob("*.part"))
-    assert zygote.train(tmp_path) == 0
+    assert train(tmp_path) == 0
     assert_same_end(tmp_path, uninterrupted)

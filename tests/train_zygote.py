@@ -2,8 +2,9 @@
 
     python train_zygote.py < jobs
 
-A job is a line of JSON: `output` (folder), `options` (of `train_runs.make_config`) and `kill`, a
-pair of a place and a number n, or null. Places:
+A job is a line of JSON: `output` (folder), `options` (of `train_runs.make_config`), `images` (its
+number, for `make_splits`), `processes` (of the run) and `kill`, a pair of a place and a number n,
+or null, for the first process. Places:
 
 step    a few milliseconds after the n-th batch of this process was handed out
 half    in the n-th flush of a file, half of which is then missing
@@ -13,8 +14,8 @@ line    in the middle of the n-th line of the metrics
 disk    not killed: from the n-th file on, the disk is full
 limit   not killed: no file may grow beyond n bytes
 
-The answer is the child's exit status: -9 after a kill, 3 after a UsageError, which goes to
-OUTPUT/error.txt.
+The answer is a list of exit statuses, one per process: -9 after a kill, 3 after a UsageError, which
+goes to OUTPUT/error.txt.
 """
 
 import errno
@@ -23,9 +24,12 @@ import os
 import random
 import resource
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,17 +136,78 @@ def inject(kill: list, splits: Any) -> None:
         files.os = FaultyOS(place, number)
 
 
-def train(job: dict[str, Any]) -> None:
-    splits = make_splits()
-    if job["kill"]:
+def train(job: dict[str, Any], rank: int) -> None:
+    config = make_config(Path(job["output"]), **job["options"])
+    world = job["processes"]
+    splits = make_splits(job["images"], rank=rank, world=world, even=config.mixup_alpha != 0)
+    if world > 1:
+        # What torchrun sets.
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
+        numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ.update(place | numbers)
+    if job["kill"] and rank == 0:
         inject(job["kill"], splits)
     output = Path(job["output"])
     try:
-        run(make_config(output, **job["options"]), splits)
+        run(config, splits)
     except UsageError as error:
         output.mkdir(parents=True, exist_ok=True)
         (output / "error.txt").write_text(str(error))
         os._exit(3)
+
+
+def fork(job: dict[str, Any], rank: int) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            train(job, rank)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+class Zygote:
+    """The other end: hands out jobs."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    def train(
+        self,
+        output: Path,
+        kill: tuple | None = None,
+        *,
+        images: int = 22,
+        processes: int = 1,
+        **options: Any,
+    ) -> int | list[int]:
+        """Return the exit status of a run, or all of them."""
+        assert self._process.stdin and self._process.stdout
+        job = {"output": str(output), "options": options, "kill": kill}
+        job |= {"images": images, "processes": processes, "port": free_port()}
+        print(json.dumps(job), file=self._process.stdin, flush=True)
+        statuses = json.loads(self._process.stdout.readline())
+        return statuses[0] if processes == 1 else statuses
+
+    def stop(self) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def main() -> None:
@@ -150,18 +215,11 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            try:
-                train(json.loads(line))
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(status, file=answers, flush=True)
+        job = json.loads(line)
+        children = [fork(job, rank) for rank in range(job["processes"])]
+        waited = [os.waitpid(child, 0)[1] for child in children]
+        statuses = [os.waitstatus_to_exitcode(status) for status in waited]
+        print(json.dumps(statuses), file=answers, flush=True)
 
 
 if __name__ == "__main__":
