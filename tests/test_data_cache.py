@@ -203,7 +203,7 @@ def test_a_full_disk_in_the_file_system(pool, tmp_path, small_chunks) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(caught.value) == (
         f"{folder}/x-32.building: got an error of the disk (File too large), expected room for the "
-        "cache; make room or choose another folder, what is decoded is kept"
+        "cache; make room or choose another folder, what is done is kept"
     )
     open_cache(kept.folder).check()
     assert_equal(build_cache(pool, folder, "x", resize=32), pool, 32)

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from .cache import (
     resized,
     resized_size,
 )
+from .files import disk_errors
 from .pools import Pool, fingerprint
 
 CHUNK = 256
@@ -86,7 +86,7 @@ def build_cache(
     if target.exists():
         return open_cache(target)
     staging = folder / f"{label}-{resize}.building"
-    with _disk_errors(staging):
+    with disk_errors(staging, "the cache"):
         folder.mkdir(parents=True, exist_ok=True)
         # The lock ends with its process, however that ends.
         with FileLock(folder / f"{label}-{resize}.lock"):
@@ -312,21 +312,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextmanager
-def _disk_errors(staging: Path) -> Iterator[None]:
-    """Tell of a full or read-only disk in one line."""
-    try:
-        yield
-    except BrokenPipeError:
-        # The reader of the progress is gone.
-        raise
-    except OSError as error:
-        raise UsageError(
-            f"{staging}: got an error of the disk ({error.strerror or error}), expected room for "
-            "the cache; make room or choose another folder, what is decoded is kept"
-        ) from None
 
 
 def describe(cache: Cache) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import codecs
 import json
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,26 @@ ADVICE = "run `tcpa-train data prepare` for this dataset, or unpack its archive 
 def unusable(path: Path, got: str, expected: str, advice: str = ADVICE) -> UsageError:
     """Return the one error for a file of a dataset that is not as it should be."""
     return UsageError(f"{path}: got {got}, expected {expected}; {advice}")
+
+
+@contextmanager
+def disk_errors(path: Path, content: str) -> Iterator[None]:
+    """Tell of a full or read-only disk in one line.
+
+    Args:
+        path: what was being written.
+        content: what it was to hold.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        # The reader of the progress is gone.
+        raise
+    except OSError as error:
+        raise UsageError(
+            f"{path}: got an error of the disk ({error.strerror or error}), expected room for "
+            f"{content}; make room or choose another folder, what is done is kept"
+        ) from None
 
 
 def require_file(path: Path, expected: str) -> None:

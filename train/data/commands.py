@@ -1,0 +1,105 @@
+"""`tcpa-train data prepare` and `tcpa-train data verify`. Imports nothing heavy."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...cli import UsageError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareConfig:
+    """Fetch a dataset, check it and unpack it; what is there already is not fetched again."""
+
+    name: str
+    """dtd, cub, nabirds, stanford_dogs, flower102, food101, cifar100, cifar10, gtsrb or svhn."""
+
+    data: Path = Path("data")
+    """Folder of all datasets. Archives are kept in its folder archives/NAME; what you put there
+    yourself is used."""
+
+    mirror: str | None = None
+    """Address to try first, as MIRROR/NAME/FILE; checksums are compared all the same."""
+
+    offline: bool = False
+    """Fetch nothing, only unpack what is in archives/NAME; tells what is missing there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyConfig:
+    """Count a dataset's images per split and class, compare with the registry, decode each."""
+
+    name: str
+    """Name of the dataset, as for prepare; or folder, for a folder of your own."""
+
+    data: Path = Path("data")
+    """Folder of all datasets; for folder, that folder itself."""
+
+    images: bool = True
+    """Decode every image; without it only see that the files are there."""
+
+
+def run_prepare(config: PrepareConfig) -> None:
+    """Carry out `tcpa-train data prepare`.
+
+    Raises:
+        UsageError: something could not be fetched or unpacked; says what to do.
+    """
+    from .prepare import prepare
+
+    with _bar("bytes", transfer=True) as show:
+        prepare(
+            config.name,
+            config.data,
+            mirror=config.mirror,
+            offline=config.offline,
+            progress=lambda done, total: show(done, total),
+        )
+    print(f"{config.name} is in {config.data}; to check it: tcpa-train data verify {config.name}")
+
+
+def run_verify(config: VerifyConfig) -> None:
+    """Carry out `tcpa-train data verify`.
+
+    Raises:
+        UsageError: something differs; lists what.
+    """
+    from .verify import verify
+
+    with _bar("images") as show:
+        found = verify(config.name, config.data, images=config.images, progress=show)
+    for (protocol, split), count in found.counts.items():
+        print(f"{config.name} {protocol:8} {split:5} {count:7,} images")
+    if found.problems:
+        listed = "\n  ".join(found.problems)
+        raise UsageError(
+            f"{config.data}: got {config.name} with {len(found.problems)} differences, expected "
+            "the published dataset; remove what differs and run `tcpa-train data prepare "
+            f"{config.name}`:\n  {listed}"
+        )
+    print(f"{config.name}: all is as it should be")
+
+
+@contextmanager
+def _bar(title: str, transfer: bool = False) -> Iterator[Callable[[int, int | None], None]]:
+    """Show progress on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (DownloadColumn(), TransferSpeedColumn()) if transfer else (MofNCompleteColumn(),)
+    console = Console(stderr=True)
+    with Progress(title, BarColumn(), *columns, TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,165 @@
+"""Unpack archives of others: nothing outside the folder, no links, no devices, no bombs."""
+
+import gzip
+import os
+import shutil
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path, PurePosixPath
+from stat import S_IFDIR, S_IFMT, S_IFREG
+from typing import IO, NamedTuple, cast
+
+from ...cli import UsageError
+from .files import disk_errors
+
+MAX_FILES = 1_000_000
+MAX_BYTES = 60 * 10**9
+"""Most that an archive may unpack to; the largest, NABirds, has about 10 GB."""
+
+ODD = "a link or a device"
+KINDS = (".tar", ".tar.gz", ".tgz", ".zip")
+_BROKEN = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    gzip.BadGzipFile,
+    zlib.error,
+    EOFError,
+    # An encrypted zip file.
+    RuntimeError,
+)
+
+
+class Member(NamedTuple):
+    """A regular file in an archive."""
+
+    name: str
+    stream: IO[bytes]
+
+
+def is_archive(name: str) -> bool:
+    """Tell whether a file is one that `unpack` takes, by its name."""
+    return name.endswith(KINDS)
+
+
+def unpack(
+    archive: Path,
+    folder: Path,
+    provides: Sequence[str],
+    *,
+    max_files: int = MAX_FILES,
+    max_bytes: int = MAX_BYTES,
+) -> None:
+    """Unpack what is wanted of an archive.
+
+    Everything goes to a temporary folder first and is moved into place when it is whole; what is
+    there already stays as it is.
+
+    Args:
+        archive: a tar file, also compressed, or a zip file.
+        folder: where it goes.
+        provides: the files and folders of the archive that are wanted, relative to `folder`.
+        max_files, max_bytes: more is refused.
+
+    Raises:
+        UsageError: the archive is broken, lacks something, or has a name that leads out of the
+            folder, a link, a device or too much; nothing of it is kept then.
+    """
+    staging = folder / f".unpacking-{archive.name}"
+    try:
+        with disk_errors(folder, f"what {archive.name} holds"):
+            # A killed run may have left one.
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            _extract(archive, staging, provides, max_files, max_bytes)
+            for name in provides:
+                target = folder / name
+                if not target.exists():
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(staging / name, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _extract(
+    archive: Path, staging: Path, provides: Sequence[str], max_files: int, max_bytes: int
+) -> None:
+    try:
+        with closing(_members(archive, max_files, max_bytes)) as members:
+            for name, stream in members:
+                if any(name == p or name.startswith(f"{p}/") for p in provides):
+                    target = staging / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with target.open("wb") as out:
+                        shutil.copyfileobj(stream, out, 1 << 20)
+    except _BROKEN as error:
+        raise UsageError(
+            f"{archive}: got an archive that cannot be read ({error}), expected a whole one; "
+            "remove it and fetch it again"
+        ) from None
+    missing = [name for name in provides if not (staging / name).exists()]
+    if missing:
+        raise UsageError(
+            f"{archive}: got an archive without {missing[0]}, expected {', '.join(provides)}; "
+            "remove it and fetch the right one"
+        )
+
+
+def _members(archive: Path, max_files: int, max_bytes: int) -> Generator[Member]:
+    """Yield the regular files of an archive one after another, each checked."""
+    files = total = 0
+    with closing(_entries(archive)) as entries:
+        for name, kind, size, open_stream in entries:
+            _require_harmless(archive, name, kind)
+            if open_stream is None:
+                continue
+            files, total = files + 1, total + size
+            if files > max_files or total > max_bytes:
+                raise UsageError(
+                    f"{archive}: got more than {max_files:,} files or {max_bytes:,} bytes, "
+                    "expected a dataset; remove it and fetch the right one"
+                )
+            with open_stream() as stream:
+                yield Member(str(PurePosixPath(name)), stream)
+
+
+Entry = tuple[str, str, int, Callable[[], IO[bytes]] | None]
+"""Name, what else than a file or a folder it is, bytes, and how to open a file."""
+
+
+def _entries(archive: Path) -> Generator[Entry]:
+    """Yield what an archive holds.
+
+    Neither format can hold more than it announces: both readers stop at the size.
+    """
+    if archive.name.endswith(".zip"):
+        with zipfile.ZipFile(archive) as packed:
+            for info in packed.infolist():
+                # Files that were packed without Unix permissions have no type at all.
+                kind = S_IFMT(info.external_attr >> 16)
+                odd = "" if kind in (0, S_IFREG, S_IFDIR) else ODD
+                open_stream = None if info.is_dir() or odd else partial(packed.open, info)
+                yield info.filename, odd, info.file_size, open_stream
+        return
+    with tarfile.open(archive) as packed:
+        for info in packed:
+            open_stream = partial(packed.extractfile, info) if info.isreg() else None
+            odd = "" if info.isreg() or info.isdir() else ODD
+            yield info.name, odd, info.size, cast("Callable[[], IO[bytes]] | None", open_stream)
+        # The checksum of a compressed file is behind the last member.
+        while packed.fileobj and packed.fileobj.read(1 << 20):
+            pass
+
+
+def _require_harmless(archive: Path, name: str, kind: str) -> None:
+    parts = PurePosixPath(name.replace("\\", "/"))
+    outside = parts.is_absolute() or ".." in parts.parts or ":" in (parts.parts or ("",))[0]
+    if outside or kind:
+        what = kind or "a name that leads out of the folder"
+        raise UsageError(
+            f"{archive}: got {what} ({name!r}), expected files and folders only; do not use this "
+            "archive"
+        )
