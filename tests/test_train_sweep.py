@@ -1,0 +1,199 @@
+"""Promise: a sweep carries out every run once, whatever happens to one of them."""
+
+import json
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+from tcpa.train import sweep as sweeping
+from tcpa.train.config import RunConfig, SweepConfig
+from tcpa.train.engine.settings import describe, resolve, run_folder
+from tcpa.train.sweep import arguments, jobs_of, sweep
+from train_runs import make_config
+
+import tcpa
+from tcpa.cli import UsageError
+
+OPTIONS = {"device": "cpu", "backbone": "test_vit", "weights": "none", "epochs": 1}
+
+STAND_IN = """
+import json, os, sys
+from pathlib import Path
+
+dataset, *words = sys.argv[1:]
+options = dict(zip(words[::2], words[1::2]))
+seed = int(options["--seed"])
+folder = Path(options["--output"]) / dataset / "vfpt+tcpa" / f"official-seed{seed}"
+count = folder / "starts"
+count.write_text(str(int(count.read_text()) + 1 if count.exists() else 1))
+(folder / "gpu").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+if dataset == "svhn" and not Path("mended").exists():
+    sys.exit("svhn.mat is missing")
+result = {"dataset": dataset, "method": "vfpt+tcpa", "protocol": "official", "seed": seed,
+          "accuracy": 90.0, "epoch": 1, "seconds_per_epoch": 1.0}
+(folder / "result.json").write_text(json.dumps(result))
+"""
+"""Ends as a run does, without the training."""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    monkeypatch.setattr(sweeping, "PROGRAM", (sys.executable, str(script)))
+
+
+def starts(output):
+    return {p.parent.parent.parent.name: int(p.read_text()) for p in output.rglob("starts")}
+
+
+def test_hta_stands_for_the_ten_datasets():
+    config = SweepConfig(datasets=("svhn", "hta"), methods=("linear", "vfpt"), seeds=(1, 2))
+    jobs = jobs_of(config)
+    assert len(jobs) == 10 * 2 * 2
+    assert {job.config.dataset for job in jobs} == set(tcpa.HTA_DATASETS)
+    assert len({job.folder for job in jobs}) == len(jobs)
+    assert jobs[0].folder == Path("runs/svhn/linear/official-seed1")
+
+
+CONFIGS = {
+    "defaults": RunConfig(dataset="cub"),
+    "everything": RunConfig(
+        dataset="folder",
+        method="vpt+tcpa",
+        seed=2**63 - 1,
+        data=Path("my data"),
+        cache=Path("c"),
+        output=Path("o"),
+        protocol="val",
+        backbone="test_vit",
+        weights="none",
+        normalize="0.5,0.5,0.5,1,1,1",
+        epochs=3,
+        batch_size=4,
+        eval_batch_size=7,
+        learning_rate=1e-05,
+        weight_decay=0.0,
+        match_weight=0.5,
+        pool_size=3,
+        top_k=0,
+        random_selection_epochs=0,
+        prompt_dropout=0.0,
+        mixup_alpha=0.0,
+        label_smoothing=0.0,
+        resize=64,
+        image_size=32,
+        precision="fp16",
+        eval_precision="fp32",
+        device="cpu",
+        compile=True,
+        cuda_graph=True,
+        resident=False,
+        log_steps=3,
+        checkpoint_seconds=0.5,
+        tensorboard=False,
+    ),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_command_line_gives_its_configuration_back(config):
+    assert tyro.cli(RunConfig, args=arguments(config)) == config
+
+
+def test_every_option_is_tried_above():
+    default, everything = CONFIGS["defaults"], CONFIGS["everything"]
+    same = [
+        n for n in RunConfig.__dataclass_fields__ if getattr(default, n) == getattr(everything, n)
+    ]
+    assert same == []
+
+
+def test_jobs_are_printed_one_a_line(capsys):
+    config = SweepConfig(
+        datasets=("cub", "dtd"), seeds=(1, 2), data=Path("my data"), print_jobs=True
+    )
+    assert sweep(config) == []
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line[:4] for line in lines] == [[sys.executable, "-m", "tcpa.train", "run"]] * 4
+    parsed = [tyro.cli(RunConfig, args=line[4:]) for line in lines]
+    assert [(run.dataset, run.seed) for run in parsed] == [
+        (d, s) for d in ("cub", "dtd") for s in (1, 2)
+    ]
+    assert {run.data for run in parsed} == {Path("my data")}
+
+
+def test_a_failed_run_stops_no_other_and_is_repeated(stand_in, tmp_path, capsys):
+    config = SweepConfig(datasets=("dtd", "svhn", "gtsrb"), output=tmp_path / "runs", **OPTIONS)
+    with pytest.raises(UsageError) as caught:
+        sweep(config)
+    for part in ("1 of 3 runs failed", "svhn", "svhn.mat is missing", "log.txt", "again"):
+        assert part in str(caught.value)
+    assert starts(tmp_path) == {"dtd": 1, "svhn": 1, "gtsrb": 1}
+    assert "90.00" in capsys.readouterr().out
+    (tmp_path / "mended").touch()
+    assert [found["dataset"] for found in sweep(config)] == ["dtd", "svhn", "gtsrb"]
+    assert starts(tmp_path) == {"dtd": 1, "svhn": 2, "gtsrb": 1}
+    assert "3 runs, 2 of them finished" in capsys.readouterr().out
+
+
+def test_runs_of_another_configuration_are_no_results(tmp_path):
+    config = make_config(tmp_path)
+    settings = resolve(config)
+    folder = run_folder(config, settings)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(describe(config, settings)))
+    assert sweeping.Job(config, settings).result() is None
+    (folder / "result.json").write_text('{"accuracy": 1.0}')
+    assert sweeping.Job(config, settings).result() == {"accuracy": 1.0}
+    other = replace(config, epochs=7)
+    with pytest.raises(UsageError, match=r"recipe.epochs: got 7, expected 2 as in .*config.json"):
+        sweeping.Job(other, resolve(other)).result()
+
+
+def test_every_gpu_has_one_job_at_a_time(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeping, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
+    options = OPTIONS | {"device": "auto"}
+    config = SweepConfig(
+        datasets=("dtd", "cub"), seeds=(1, 2), gpus=(0, 2), output=tmp_path / "runs", **options
+    )
+    assert len(sweep(config)) == 4
+    used = {path.read_text() for path in tmp_path.rglob("gpu")}
+    assert used == {"4", "7"}
+    with pytest.raises(UsageError, match="--gpus: got 3, expected numbers below 3"):
+        sweep(SweepConfig(datasets=("dtd",), gpus=(3,), output=tmp_path / "o", **options))
+
+
+def test_gpus_are_refused_on_a_cpu(tmp_path):
+    with pytest.raises(UsageError, match=r"--gpus: got \(0,\) with --device cpu"):
+        sweep(SweepConfig(datasets=("dtd",), gpus=(0,), output=tmp_path, **OPTIONS))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": ()}, "--seeds: got no value"),
+        ({"seeds": (1, 1)}, "--seeds: got 1, 1"),
+        ({"seeds": (-1,)}, "--seeds: got -1"),
+        ({"methods": ()}, "--methods: got no value"),
+        ({"datasets": ("a/b",)}, "DATASETS: got 'a/b'"),
+        ({"gpus": (-1,)}, "--gpus: got"),
+        ({"epochs": 0}, "--epochs: got 0"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(UsageError, match=message):
+        SweepConfig(**options)
+
+
+def test_an_unknown_method_is_named_before_anything_runs(tmp_path):
+    with pytest.raises(UsageError, match=r"--method: got 'vftp', .*did you mean vfpt\?"):
+        sweep(SweepConfig(datasets=("dtd",), methods=("vftp",), output=tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,278 @@
+"""Many runs: one job per GPU, or one after the other; finished ones are skipped.
+
+Every job is a process of its own with the command line of `tcpa-train run`, so that a run that
+fails takes no other with it, and the printed commands of an array job are the same ones.
+"""
+
+import contextlib
+import os
+import queue
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import tcpa
+
+from ..cli import UsageError, choose_device
+from .config import RunConfig, SweepConfig, TrainOptions
+from .engine.files import read_json
+from .engine.folder import CONFIG, RESULT, differences
+from .engine.settings import describe, resolve, run_folder
+from .recipes import Recipe
+
+PROGRAM = (sys.executable, "-m", "tcpa.train", "run")
+"""Command of one run."""
+
+LOG = "log.txt"
+ALL = "hta"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run of a sweep."""
+
+    config: RunConfig
+    settings: Recipe
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return run_folder(self.config, self.settings)
+
+    @property
+    def command(self) -> list[str]:
+        """The command line of the run."""
+        return [*PROGRAM, *arguments(self.config)]
+
+    def result(self) -> dict[str, Any] | None:
+        """Return the result if the run is finished, with just this configuration.
+
+        Raises:
+            UsageError: the folder belongs to another configuration.
+        """
+        found, saved = read_json(self.folder / RESULT), read_json(self.folder / CONFIG)
+        changed = differences(saved, describe(self.config, self.settings)) if saved else []
+        if changed:
+            name, before, now = changed[0]
+            raise UsageError(
+                f"{name}: got {now}, expected {before} as in {self.folder / CONFIG}; repeat the "
+                "first command, or choose another --output"
+            )
+        return found
+
+
+def jobs_of(config: SweepConfig) -> list[Job]:
+    """Return the runs of a sweep: dataset by dataset, method by method, seed by seed.
+
+    Raises:
+        UsageError: a method is unknown, or an option does not fit one.
+    """
+    datasets: list[str] = []
+    for name in config.datasets:
+        datasets += [
+            d for d in (tcpa.HTA_DATASETS if name == ALL else (name,)) if d not in datasets
+        ]
+    shared = {f.name: getattr(config, f.name) for f in fields(TrainOptions)}
+    configs = [
+        RunConfig(dataset=dataset, method=method, seed=seed, **shared)
+        for dataset in datasets
+        for method in config.methods
+        for seed in config.seeds
+    ]
+    return [Job(run, resolve(run)) for run in configs]
+
+
+def arguments(config: RunConfig) -> list[str]:
+    """Return the command-line arguments that give a configuration, those of defaults left out."""
+    words = [config.dataset]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name == "dataset" or value == field.default:
+            continue
+        option = field.name.replace("_", "-")
+        if isinstance(value, bool) and isinstance(field.default, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", str(value)]
+    return words
+
+
+def sweep(config: SweepConfig) -> list[dict[str, Any]]:
+    """Carry out all runs that are not finished and print a table; return the results.
+
+    Raises:
+        UsageError: a run failed (the others were carried out), or an option cannot be met.
+    """
+    jobs = jobs_of(config)
+    if config.print_jobs:
+        for job in jobs:
+            print(shlex.join(job.command))
+        return []
+    devices = _devices(config)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    left = [job for job in jobs if job.result() is None]
+    console.print(
+        f"{len(jobs)} runs, {len(jobs) - len(left)} of them finished; "
+        f"{len(devices)} at a time on {', '.join(map(str, devices))}"
+    )
+    failed = _carry_out(left, devices, console)
+    results = [found for job in jobs if (found := job.result()) is not None]
+    console.print(_table(results))
+    if failed:
+        first, reason = failed[0]
+        raise UsageError(
+            f"{len(failed)} of {len(jobs)} runs failed, the first of them {first.folder} "
+            f"({reason}; see {first.folder / LOG}); run the same command again to go on with them"
+        )
+    return results
+
+
+@dataclass(frozen=True, slots=True)
+class _Device:
+    """Where one job at a time runs."""
+
+    name: str
+    gpu: str | None = None
+    """What CUDA_VISIBLE_DEVICES is set to; None leaves it."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _devices(config: SweepConfig) -> list[_Device]:
+    asked = config.device
+    if asked not in ("auto", "cuda") or choose_device(asked).type != "cuda":
+        if config.gpus is not None:
+            raise UsageError(
+                f"--gpus: got {config.gpus} with --device {asked}, expected none, as the runs do "
+                "not use GPUs; leave one of the two out"
+            )
+        return [_Device(str(choose_device(asked)))]
+    count = torch.cuda.device_count()
+    numbers = config.gpus or tuple(range(count))
+    if max(numbers) >= count:
+        raise UsageError(
+            f"--gpus: got {max(numbers)}, expected numbers below {count}, the GPUs that are there; "
+            "leave the option out to use all"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(count)]
+    return [_Device(f"cuda:{number}", names[number].strip()) for number in numbers]
+
+
+def _carry_out(jobs: list[Job], devices: list[_Device], console: Console) -> list[tuple[Job, str]]:
+    """Run jobs, one at a time on each device; return those that failed, with the reason."""
+    free: queue.Queue[_Device] = queue.Queue()
+    for device in devices:
+        free.put(device)
+    running = _Running()
+    failed: list[tuple[Job, str]] = []
+    with running, ThreadPoolExecutor(len(devices)) as pool:
+        futures = {pool.submit(_run_on_free, job, free, running): job for job in jobs}
+        try:
+            for number, future in enumerate(as_completed(futures)):
+                job, reason = futures[future], future.result()
+                done = f"{number + 1}/{len(jobs)} {job.folder}"
+                if reason is None:
+                    found = job.result() or {}
+                    console.print(f"{done}: {found.get('accuracy', float('nan')):.2f} %")
+                else:
+                    failed.append((job, reason))
+                    console.print(f"{done}: failed ({reason})")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            running.stop()
+            raise
+    order = {id(job): place for place, job in enumerate(jobs)}
+    return sorted(failed, key=lambda item: order[id(item[0])])
+
+
+class _Running:
+    """The processes that are running, so that none survives an interruption."""
+
+    def __init__(self) -> None:
+        self._lock, self._processes = threading.Lock(), set[subprocess.Popen]()
+        self._stopped = False
+
+    def __enter__(self) -> "_Running":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End all processes; none is started from now on."""
+        with self._lock:
+            self._stopped = True
+            for process in self._processes:
+                process.terminate()
+
+    @contextlib.contextmanager
+    def start(self, command: list[str], **options: Any) -> Iterator[subprocess.Popen | None]:
+        """Start a process and wait for its end; None if all is to stop."""
+        with self._lock:
+            process = None if self._stopped else subprocess.Popen(command, **options)
+            if process is not None:
+                self._processes.add(process)
+        try:
+            yield process
+        finally:
+            if process is not None:
+                process.wait()
+                with self._lock:
+                    self._processes.discard(process)
+
+
+def _run_on_free(job: Job, free: "queue.Queue[_Device]", running: _Running) -> str | None:
+    """Run a job where there is room; return what went wrong."""
+    device = free.get()
+    try:
+        environment = dict(os.environ)
+        if device.gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = device.gpu
+        job.folder.mkdir(parents=True, exist_ok=True)
+        with (job.folder / LOG).open("ab") as log:
+            options = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+            with running.start(job.command, env=environment, **options) as process:
+                status = None if process is None else process.wait()
+    except OSError as error:
+        return f"{error.strerror}: {error.filename}"
+    finally:
+        free.put(device)
+    if status == 0:
+        return None
+    return "interrupted" if status is None else _last_line(job.folder / LOG) or f"status {status}"
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+def _table(results: list[dict[str, Any]]) -> Table:
+    grid = Table(title="Finished runs")
+    for name in ("dataset", "method", "protocol"):
+        grid.add_column(name)
+    for name in ("seed", "accuracy, %", "epoch", "s / epoch"):
+        grid.add_column(name, justify="right")
+    for found in results:
+        grid.add_row(
+            found["dataset"],
+            found["method"],
+            found["protocol"],
+            str(found["seed"]),
+            f"{found['accuracy']:.2f}",
+            str(found["epoch"]),
+            f"{found['seconds_per_epoch']:.2f}",
+        )
+    return grid
