@@ -5,6 +5,7 @@ a `.pth` state dict as DAM-VP and TCPA use it, or Google's original `.npz`. A fi
 fill the model exactly is refused: a backbone that is loaded in part trains without a word, badly.
 """
 
+import difflib
 import hashlib
 import zipfile
 from collections.abc import Mapping
@@ -73,8 +74,8 @@ def load_backbone(
     """
     full = ALIASES.get(name, name)
     if not timm.is_model(full):
-        near = timm.list_models(f"*{full.split('.')[0]}*")[:3]
-        hint = f"did you mean one of {', '.join(near)}?" if near else "timm.list_models() lists all"
+        near = difflib.get_close_matches(full, [*ALIASES, *timm.list_models()], n=1)
+        hint = f"did you mean {near[0]}?" if near else "timm.list_models() lists all"
         raise UsageError(
             f"--backbone: got {name!r}, expected {', '.join(ALIASES)} or a timm model; {hint}"
         )
@@ -242,6 +243,7 @@ def _finite(value: Tensor) -> bool:
 
 def _fill_from_npz(model: nn.Module, path: Path) -> None:
     """Let timm read Google's names; whatever it leaves unset is found by poisoning it first."""
+    blocks = _npz_blocks(path)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
@@ -252,24 +254,26 @@ def _fill_from_npz(model: nn.Module, path: Path) -> None:
     except AttributeError:
         kind = type(model).__name__
         raise UsageError(f"--weights: timm reads no .npz into a {kind}; pass safetensors") from None
-    except (RuntimeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise _refusal(
             model, path, [(str(error) or type(error).__name__).splitlines()[0]]
         ) from None
     unset = [name for name, value in model.named_parameters() if not _finite(value)]
-    depth, blocks = len(cast(Any, model).blocks), _npz_depth(path)
     problems = _listed("missing or not finite:", unset)
-    if blocks > depth:
+    if blocks > len(cast(Any, model).blocks):
         problems.append(f"it has {blocks} blocks")
     if problems:
         raise _refusal(model, path, problems)
 
 
-def _npz_depth(path: Path) -> int:
+def _npz_blocks(path: Path) -> int:
     """Count the blocks of a file; 0 where all blocks are stacked in one array."""
     mark = "Transformer/encoderblock_"
-    with zipfile.ZipFile(path) as archive:
-        names = [name for name in archive.namelist() if mark in name]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if mark in name]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UsageError(f"--weights: {path} is damaged ({error}); fetch it again") from None
     return len({name.partition(mark)[2].partition("/")[0] for name in names})
 
 
