@@ -2,17 +2,21 @@
 
 The bound counts, pipe by pipe, the cycles that the instructions of one launch occupy the
 multiprocessors at peak rate, every loop body weighted with its iterations. No kernel is faster
-than its slowest pipe. It knows nothing of latency, caches and device memory.
+than its slowest pipe. It knows nothing of latency, caches and device memory, and counts a load that
+lanes share in full.
 """
 
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+
+from ..kernels.static_case import Executed
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 LINE = re.compile(
@@ -105,21 +109,51 @@ def find_loops(code: MachineCode) -> list[tuple[int, int]]:
     return sorted(ends.items())
 
 
+def count_iterations(
+    code: MachineCode, trips: Sequence[float | Executed]
+) -> list[tuple[int, int, float]]:
+    """Return first and last address and the iterations of every loop.
+
+    From the last loop to the first: one that lacks the instruction it should execute is another,
+    and its own was unrolled altogether.
+
+    Raises:
+        ValueError: the machine code has another number of loops than `trips`.
+    """
+    loops, found = find_loops(code), []
+    remaining = loops[:]
+    for trip in reversed(trips):
+        if not isinstance(trip, Executed):
+            if remaining:
+                found.append((*remaining.pop(), trip))
+            continue
+        if not remaining:
+            continue
+        start, end = remaining[-1]
+        executed = sum(
+            start <= one.address <= end and one.name == trip.opcode for one in code.instructions
+        )
+        if executed:
+            found.append((*remaining.pop(), trip.count / executed))
+    needed = sum(not isinstance(trip, Executed) for trip in trips)
+    if remaining or len(found) < needed:
+        raise ValueError(f"trips: got {len(trips)} loops, the machine code has {len(loops)}")
+    return found[::-1]
+
+
 def pipe_cycles(
-    code: MachineCode, trips: tuple[float, ...], num_warps: int, processor: Processor
+    code: MachineCode, trips: Sequence[float | Executed], num_warps: int, processor: Processor
 ) -> dict[str, float]:
     """Return the cycles that one program occupies every pipe.
 
     Raises:
         ValueError: the machine code has another number of loops than `trips`.
     """
-    loops = find_loops(code)
-    if len(loops) != len(trips):
-        raise ValueError(f"trips: got {len(trips)} loops, the machine code has {len(loops)}")
+    loops = count_iterations(code, trips)
     cycles: Counter[str] = Counter()
     for instruction in code.instructions:
         weight = float(num_warps)
-        for (start, end), iterations in zip(loops, trips, strict=True):
+        for start, end, iterations in loops:
             if start <= instruction.address <= end:
                 weight *= iterations
         for pipe, amount in _occupies(instruction, processor).items():

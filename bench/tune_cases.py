@@ -31,6 +31,7 @@ from ..kernels.launch import DEFAULT, DTYPE_CLASSES, DTYPE_NAMES, LAUNCHES, Laun
 from ..kernels.match_backward import launch_dx
 from ..kernels.match_forward import launch_forward
 from ..kernels.match_keys import launch_keys_backward
+from ..kernels.match_tiles import held
 from ..kernels.matching import Norm, make_matching
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -132,8 +133,10 @@ _SLABS = dict.fromkeys(
     ),
     _FREE,
 )  # fmt: skip
-# Matching: halves and slices of a tile, one warp per slice. The widest bucket is measured at 1024
-# columns but holds rows of 4096, which need many slices.
+# Matching: halves and slices of a tile, one warp per slice, or per 16 rows of a tile of one slice.
+# The widest bucket is measured at 1024 columns but holds rows of 4096, which need many slices if
+# they stay in registers. Only half rows may leave them: see `match_forward`.
+_TALL = ((8, 1), (16, 1))
 _TILES: dict[tuple[str, str], tuple[_Shape, ...]] = {
     ("fwd", "c192"): ((2, 1), (2, 2), (2, 4), (4, 2), (4, 4)),
     ("fwd", "c384"): ((2, 2), (2, 4), (2, 8), (4, 4), (4, 8)),
@@ -162,17 +165,18 @@ def candidates(target: Target, current: Launch) -> list[Launch]:
 def _settings(target: Target) -> Iterator[tuple[Any, ...]]:
     """Yield block sizes in the order of the table, warps, stages and the limit on registers."""
     operation, bucket = target.operation, target.bucket
+    half = DTYPE_CLASSES[DTYPES[target.dtype]] == "half"
     if operation.endswith(("match_fwd", "match_dx", "prompts_fwd", "prompts_dx")):
-        for tile in _TILES[operation.rpartition("_")[2], bucket]:
-            # The kernel has no loop to pipeline.
-            yield *tile, tile[-1], 1, None
+        tall = _TALL if half else ()
+        for halves, slices in (*_TILES[operation.rpartition("_")[2], bucket], *tall):
+            # The loops load ahead by unrolling; there is nothing for stages to pipeline.
+            yield halves, slices, slices if held(halves) else halves // 2, 1, None
         return
     if operation == PROMPT_SUM:
         shapes = _SUMS
     elif operation == "match_keys_bwd":
         shapes = _SLABS
     else:
-        half = DTYPE_CLASSES[DTYPES[target.dtype]] == "half"
         shapes = _ATTENTION[operation, bucket] if half else _FLOAT
     for shape, limits in shapes.items():
         for stages in (2, 3):

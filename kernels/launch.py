@@ -123,11 +123,14 @@ GATED_ATTENTION: tuple[Row, ...] = (
 LAUNCHES: tuple[Row, ...] = (*GATED_ATTENTION,)
 
 
-# Matching: rows and columns of a tile are 8 * HALVES and 32 * SLICES, one warp per slice; a whole
-# row stays in registers. The bucket is the largest C. Fewer warps share a row with less to add up;
-# more of them hold a wider row without spills. Offline on sm_90 at C = 768 (registers, programs per
-# multiprocessor, bound of the busiest pipe): forward 4 warps 194, 2, 21 us; 8 warps 30 us; 2 warps
-# spill. Gradient of x: 8 warps 168, 1, 17 us; 4 warps spill for float16.
+# Matching: rows and columns of a tile are 8 * HALVES and 32 * SLICES. Two halves are held in
+# registers, one warp per slice: fewer warps share a row with less to add up, more of them hold a
+# wider row without spills. More halves fill the 64 rows that wgmma takes and are read twice; they
+# read the keys a quarter as often. Offline on sm_90 at C = 768 in bfloat16 (registers, programs per
+# multiprocessor, bound of the busiest pipe), held and read twice: norm_match forward 194, 2, 21 us
+# and 130, 3, 16 us; its dx 170, 1, 17 us and 139, 3, 20 us; match_prompts forward 144, 3, 14 us
+# and 128, 4, 10 us; its dx (which reads once) 64, 4, 11 us and 64, 8, 7 us. The bound does not
+# count device memory: that a second reading comes from the L2 cache is for a measurement to show.
 _SLICES = {"c192": (1, 2), "c384": (2, 4), "c768": (4, 8), "c4096": (8, 8)}
 _WIDE_SLICES = {"c192": (2, 4), "c384": (4, 8), "c768": (8, 8), "c4096": (8, 8)}
 MATCHING: tuple[Row, ...] = (
@@ -136,6 +139,12 @@ MATCHING: tuple[Row, ...] = (
         for dtype_class, table in (("half", _SLICES), ("float", _WIDE_SLICES))
         for bucket, both in table.items()
         for kernel, n in zip(("fwd", "dx"), both, strict=True)
+        for name in ("match_prompts", "norm_match")
+    ),
+    *(
+        row(f"{name}_{kernel}", "sm_90", "half", bucket, {"HALVES": 8, "SLICES": 1}, 4, 1)
+        for bucket in _SLICES
+        for kernel in ("fwd", "dx")
         for name in ("match_prompts", "norm_match")
     ),
     *(

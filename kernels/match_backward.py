@@ -7,11 +7,8 @@ token selects (replayed from its gate words):
     g_r   = -d / n * sum over the tokens that select r of x / |x|
     dk_r  = (g_r - k_r (k_r . g_r)) / |key_r|              with unit keys k_r
 
-One kernel reads x and the gradient of the normed rows once and writes dx; `match_keys` does dk.
-
-dx with tiles of 64 rows, which wgmma takes, was compiled for sm_90 and not kept: both inputs are
-read twice, and the lower bound rises from 16.9 to 17.5 us (norm_match, bfloat16, C = 768, B = 128;
-registers 203 for 168, no spills).
+One kernel reads x and the gradient of the normed rows and writes dx, from tiles as in the forward;
+`match_keys` does dk.
 
 Axes: B batch, L tokens, M tile rows, R pool entries, C width, W gate words.
 Names in kernels: i_ index, o_ offsets, m_ mask, p_ pointers, b_ block in registers.
@@ -28,6 +25,8 @@ from .common import device_guard
 from .match_keys import launch_keys_backward
 from .match_tiles import (
     KEY_SCALE,
+    held,
+    load_affine_columns,
     load_selected,
     load_tile_columns,
     pick_role,
@@ -35,13 +34,14 @@ from .match_tiles import (
     store_tile_columns,
     tile_columns,
     tile_rows,
+    unroll_factor,
 )
 from .matching import Matching, dense_rows, launch_of
 
 
 @triton.jit
 def _load_key_columns(p_keys, i_c, pool, C: tl.constexpr, R: tl.constexpr, SLICES: tl.constexpr):
-    """Load 32 * SLICES columns of the unit keys as `[SLICES, R, 32]`, columns renamed.
+    """Load 32 * SLICES columns of the unit keys, `[SLICES, R, 32]` or `[R, 32]`, columns renamed.
 
     Column 8 t + 2 j + e of a group moves to 8 j + 2 t + e: a product then leaves the eight columns
     of thread t of a tile in thread t.
@@ -50,7 +50,8 @@ def _load_key_columns(p_keys, i_c, pool, C: tl.constexpr, R: tl.constexpr, SLICE
     m_key = (o_r < pool)[:, None] & (o_c < C)[None, :]
     b_key = tl.load(p_keys + o_r[:, None] * C + o_c[None, :], mask=m_key, other=0.0)
     b_key = tl.permute(tl.reshape(b_key, [R, SLICES, 4, 4, 2]), (1, 0, 3, 2, 4))
-    return tl.reshape(b_key, [SLICES, R, 32])
+    shape: tl.constexpr = [R, 32] if SLICES == 1 else [SLICES, R, 32]
+    return tl.reshape(b_key, shape)
 
 
 @triton.jit
@@ -62,27 +63,52 @@ def _selected_keys(
 
     Without LOW_PART the sum has the eleven digits of float16, which is enough for bfloat16 rows.
     """
-    R: tl.constexpr = b_selected.shape[2]
+    R: tl.constexpr = b_selected.shape[-1]
     b_high = _load_key_columns(p_keys, i_c, pool, C, R, SLICES)
     # [SLICES, M, R] @ [SLICES, R, 32] -> [SLICES, M, 32]
     b_sum = tl.dot(b_selected, b_high)
     if LOW_PART:
         b_low = _load_key_columns(p_keys + num_keys * C, i_c, pool, C, R, SLICES)
         b_sum = tl.dot(b_selected, b_low, b_sum)
-    b_sum = tl.reshape(b_sum, [SLICES, HALVES, 8, 4, 4, 2])
-    b_sum = tl.permute(b_sum, (1, 0, 2, 4, 3, 5))
+    PAIRS: tl.constexpr = HALVES // 2
+    b_sum = tl.reshape(b_sum, [SLICES, PAIRS, 2, 8, 4, 4, 2])
+    b_sum = tl.permute(b_sum, (2, 1, 0, 3, 5, 4, 6))
     return tl.reshape(b_sum, [HALVES, SLICES, 8, 4, 8])
 
 
 @triton.jit
-def _load_weighted(p_dnormed, p_weight, i_c: tl.constexpr, o_c, C: tl.constexpr,
-                   WEIGHT: tl.constexpr):  # fmt: skip
+def _load_weighted(p_dnormed, p_weight, i_c, o_c, C: tl.constexpr, BOUNDED: tl.constexpr,
+                   HALVES: tl.constexpr, WEIGHT: tl.constexpr):  # fmt: skip
     """Load the gradient of the normed rows times LayerNorm's weight, fp32."""
-    b_dnormed = load_tile_columns(p_dnormed, i_c, o_c, C).to(tl.float32)
+    b_dnormed = load_tile_columns(p_dnormed, i_c, o_c, C, BOUNDED).to(tl.float32)
     if WEIGHT:
-        p_w = p_weight + tile_rows(1) * 0
-        b_dnormed *= load_tile_columns(p_w, i_c, o_c, C).to(tl.float32)
+        b_dnormed *= load_affine_columns(p_weight, i_c, o_c, C, BOUNDED, HALVES)
     return b_dnormed
+
+
+@triton.jit
+def _dx_columns(b_x, b_dy, b_keys, moments, factors, NORM: tl.constexpr, MATCH: tl.constexpr,
+                WIDE: tl.constexpr):  # fmt: skip
+    """Return the gradient of some columns from x, LayerNorm's upstream and the selected keys."""
+    b_mean, b_rstd, b_sum, b_dot = moments
+    b_along, b_coefficient = factors
+    b_x = b_x.to(tl.float32)
+    if NORM and not WIDE:
+        # x - mean of half rows in full would be a second copy of them in registers: their gradient
+        # is a sum of multiples of x, of the upstream and of the keys, and a constant.
+        b_slope = -b_rstd * b_dot
+        if MATCH:
+            b_slope += b_along
+        b_dx = b_x * b_slope + b_rstd * (b_mean * b_dot - b_sum) + b_dy * b_rstd
+    elif NORM:
+        b_dx = b_rstd * (b_dy - b_sum - (b_x - b_mean) * b_dot)
+        if MATCH:
+            b_dx += b_x * b_along
+    else:
+        b_dx = b_x * b_along
+    if MATCH:
+        b_dx -= b_keys * (b_coefficient * (1.0 / KEY_SCALE))
+    return b_dx
 
 
 @triton.jit
@@ -111,24 +137,38 @@ def match_prompts_dx_kernel(
     num_rows = tl.cast(batch, tl.int64) * num_tokens
     o_c = tile_columns(SLICES)
 
+    p_upstream = p_dnormed + i_b * stride_db + i_l * stride_dl
     # [HALVES, 1, 8, 1, 1]
+    moments, b_x, b_dy = (0.0, 0.0, 0.0, 0.0), (), ()
     if NORM:
-        p_upstream = p_dnormed + i_b * stride_db + i_l * stride_dl
         b_mean = tl.load(p_row + 2 * num_rows)
         b_rstd = tl.load(p_row + 3 * num_rows)
-        b_x, b_dy = (), ()
         b_sum = tl.zeros([HALVES, SLICES, 8, 4, 8], tl.float32)
         b_dot = tl.zeros([HALVES, SLICES, 8, 4, 8], tl.float32)
-        for i_c in tl.static_range(0, C, CHUNK):
-            # [HALVES, SLICES, 8, 4, 8]
-            b_chunk = load_tile_columns(p_rows, i_c, o_c, C)
-            b_upstream = _load_weighted(p_upstream, p_weight, i_c, o_c, C, WEIGHT)
-            b_sum += b_upstream
-            b_dot += b_upstream * (b_chunk.to(tl.float32) - b_mean)
-            b_x += (b_chunk,)
-            b_dy += (b_upstream,)
+        if held(HALVES):
+            for i_c in tl.static_range(0, C, CHUNK):
+                # [HALVES, SLICES, 8, 4, 8]
+                b_chunk = load_tile_columns(p_rows, i_c, o_c, C, i_c + CHUNK <= C)
+                b_upstream = _load_weighted(
+                    p_upstream, p_weight, i_c, o_c, C, i_c + CHUNK <= C, HALVES, WEIGHT
+                )
+                b_sum += b_upstream
+                b_dot += b_upstream * (b_chunk.to(tl.float32) - b_mean)
+                b_x += (b_chunk,)
+                b_dy += (b_upstream,)
+        else:
+            for i_c in tl.range(0, C, CHUNK, loop_unroll_factor=unroll_factor(C, CHUNK)):
+                b_chunk = load_tile_columns(p_rows, i_c, o_c, C, C % CHUNK == 0)
+                b_upstream = _load_weighted(
+                    p_upstream, p_weight, i_c, o_c, C, C % CHUNK == 0, HALVES, WEIGHT
+                )
+                b_sum += b_upstream
+                b_dot += b_upstream * (b_chunk.to(tl.float32) - b_mean)
         b_sum = row_sum(b_sum) * (1.0 / C)
         b_dot = row_sum(b_dot) * (b_rstd * b_rstd * (1.0 / C))
+        moments = (b_mean, b_rstd, b_sum, b_dot)
+    factors = (0.0, 0.0)
+    num_keys = cls_pool + image_pool
     if MATCH:
         pool = tl.where(is_cls, cls_pool, image_pool)
         p_keys += tl.where(is_cls, 0, cls_pool) * C
@@ -140,42 +180,45 @@ def match_prompts_dx_kernel(
             p_words[:, None], stride_gw, o_r[None, :], tl.where(is_cls, 0, cls_pool * cls_length),
             tl.where(is_cls, cls_length, image_length), m_entry,
         )  # fmt: skip
-        # [SLICES, M, R]
-        b_selected = tl.where(m_selected, 1.0, 0.0).to(tl.float16)[None, :, :]
-        b_selected = tl.broadcast_to(b_selected, [SLICES, BLOCK_M, BLOCK_R])
+        # [SLICES, M, R] or [M, R]
+        b_selected = tl.where(m_selected, 1.0, 0.0).to(tl.float16)
+        if SLICES > 1:
+            b_selected = tl.broadcast_to(b_selected[None, :, :], [SLICES, BLOCK_M, BLOCK_R])
         b_inverse = tl.load(p_row)
         b_similarity = tl.load(p_row + num_rows)
         coefficient = tl.load(p_ddistance) / tl.cast(
             tl.where(is_cls, cls_count, image_count), tl.float32
         )
         b_coefficient = coefficient * b_inverse
-        b_along = b_coefficient * b_inverse * b_similarity
-    # x - mean of half rows in full would be a second copy of them in registers: their gradient is
-    # a sum of multiples of x, of the upstream and of the keys, and a constant.
-    SUMMED: tl.constexpr = NORM and not WIDE
-    if SUMMED:
-        b_slope = -b_rstd * b_dot
-        b_shift = b_rstd * (b_mean * b_dot - b_sum)
-        if MATCH:
-            b_slope += b_along
-    for i_c in tl.static_range(0, C, CHUNK):
-        if SUMMED:
-            b_dx = b_x[i_c // CHUNK].to(tl.float32) * b_slope + b_shift
-            b_dx += b_dy[i_c // CHUNK] * b_rstd
-        elif NORM:
-            b_chunk = b_x[i_c // CHUNK].to(tl.float32)
-            b_dx = b_rstd * (b_dy[i_c // CHUNK] - b_sum - (b_chunk - b_mean) * b_dot)
-        else:
-            b_chunk = load_tile_columns(p_rows, i_c, o_c, C).to(tl.float32)
-            b_dx = tl.zeros([HALVES, SLICES, 8, 4, 8], tl.float32)
-        if MATCH:
-            b_keys = _selected_keys(
-                b_selected, p_keys, i_c, pool, cls_pool + image_pool, C, HALVES, SLICES, LOW_PART
-            )
-            if not SUMMED:
-                b_dx += b_chunk * b_along
-            b_dx -= b_keys * (b_coefficient * (1.0 / KEY_SCALE))
-        store_tile_columns(p_out, i_c, o_c, b_dx, m_rows, C)
+        factors = (b_coefficient * b_inverse * b_similarity, b_coefficient)
+    if held(HALVES):
+        for i_c in tl.static_range(0, C, CHUNK):
+            if NORM:
+                b_chunk, b_upstream = b_x[i_c // CHUNK], b_dy[i_c // CHUNK]
+            else:
+                b_chunk = load_tile_columns(p_rows, i_c, o_c, C, i_c + CHUNK <= C)
+                b_upstream = 0.0
+            b_keys = 0.0
+            if MATCH:
+                b_keys = _selected_keys(
+                    b_selected, p_keys, i_c, pool, num_keys, C, HALVES, SLICES, LOW_PART
+                )
+            b_dx = _dx_columns(b_chunk, b_upstream, b_keys, moments, factors, NORM, MATCH, WIDE)
+            store_tile_columns(p_out, i_c, o_c, b_dx, m_rows, C, i_c + CHUNK <= C)
+    else:
+        for i_c in tl.range(0, C, CHUNK):
+            b_chunk = load_tile_columns(p_rows, i_c, o_c, C, C % CHUNK == 0)
+            b_upstream, b_keys = 0.0, 0.0
+            if NORM:
+                b_upstream = _load_weighted(
+                    p_upstream, p_weight, i_c, o_c, C, C % CHUNK == 0, HALVES, WEIGHT
+                )
+            if MATCH:
+                b_keys = _selected_keys(
+                    b_selected, p_keys, i_c, pool, num_keys, C, HALVES, SLICES, LOW_PART
+                )
+            b_dx = _dx_columns(b_chunk, b_upstream, b_keys, moments, factors, NORM, MATCH, WIDE)
+            store_tile_columns(p_out, i_c, o_c, b_dx, m_rows, C, C % CHUNK == 0)
 
 
 def launch_dx(

@@ -11,8 +11,9 @@ from .launch import Launch, choose_launch
 from .match_backward import match_prompts_dx_kernel
 from .match_forward import match_prompts_fwd_kernel
 from .match_keys import match_prompts_dkeys_kernel
+from .match_tiles import held
 from .matching import bucket_of
-from .static_case import Part, StaticCase, static_signature
+from .static_case import Executed, Part, StaticCase, static_signature
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +64,9 @@ def _fwd_case(shape: Shape, architecture: str, dtype: torch.dtype, norm: bool) -
     operation = "norm_match_fwd" if norm else "match_prompts_fwd"
     launch = _launch(operation, shape, architecture, dtype)
     flags = {"NORM": norm, "WEIGHT": norm, "BIAS": norm, "GIVEN": False, "FARTHEST": False}
-    part = Part(programs=_tiles(shape, 8 * launch.blocks["HALVES"]), trips=(shape.words,))
+    # Two loads of 16 bytes; two products of 16 columns with both parts of the keys.
+    trips = (*_passes(shape, launch, 2, 4), shape.words)
+    part = Part(programs=_tiles(shape, 8 * launch.blocks["HALVES"]), trips=trips)
     return _case(operation, match_prompts_fwd_kernel, shape, dtype, flags, launch, part)
 
 
@@ -71,7 +74,11 @@ def _dx_case(shape: Shape, architecture: str, dtype: torch.dtype, norm: bool) ->
     operation = "norm_match_dx" if norm else "match_prompts_dx"
     launch = _launch(operation, shape, architecture, dtype)
     flags = {"NORM": norm, "WEIGHT": norm, "MATCH": True}
-    part = Part(programs=_tiles(shape, 8 * launch.blocks["HALVES"]), trips=())
+    # x, the upstream and the weight; 32 entries are two products for each part of the keys.
+    trips = _passes(shape, launch, 6, 2 if dtype == torch.bfloat16 else 4)
+    if not norm:
+        trips = trips[1:]
+    part = Part(programs=_tiles(shape, 8 * launch.blocks["HALVES"]), trips=trips)
     return _case(operation, match_prompts_dx_kernel, shape, dtype, flags, launch, part)
 
 
@@ -82,6 +89,17 @@ def _dkeys_case(shape: Shape, architecture: str, dtype: torch.dtype) -> StaticCa
     columns = triton.cdiv(shape.width, launch.blocks["BLOCK_C"])
     part = Part(programs=slabs * columns, trips=(steps,))
     return _case("match_keys_bwd", match_prompts_dkeys_kernel, shape, dtype, {}, launch, part)
+
+
+def _passes(shape: Shape, launch: Launch, loads: int, products: int) -> tuple[Executed, ...]:
+    """Loops over columns: none where rows are held in registers.
+
+    `loads` and `products` are those of 32 columns, in the pass of the moments and in the second.
+    """
+    if held(launch.blocks["HALVES"]):
+        return ()
+    chunks = shape.width // 32
+    return Executed("LDG", loads * chunks), Executed("HGMMA", products * chunks)
 
 
 def _launch(operation: str, shape: Shape, architecture: str, dtype: torch.dtype) -> Launch:
@@ -103,11 +121,9 @@ def _case(
     signature = static_signature(kernel, dtype, constants, POINTERS)
     signature |= {name: "fp32" for name in FLOATS if name in signature}
     unaligned = tuple(name for name in ("stride_gb", "stride_gl", "stride_gw") if name in signature)
-    # Tiles of tokens are 16 rows high, one slice of C per warp: mma, never wgmma, which takes 64.
-    wgmma = operation == "match_keys_bwd"
     return StaticCase(
         name=f"{operation} {shape.name}", kernel=kernel, signature=signature, constants=constants,
-        launch=launch, promised=True, tensor_core=wgmma, parts=(part,), unaligned=unaligned,
+        launch=launch, promised=True, parts=(part,), unaligned=unaligned,
     )  # fmt: skip
 
 

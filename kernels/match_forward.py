@@ -1,18 +1,14 @@
 """Forward kernels of prompt matching, alone (`match_prompts`) and with LayerNorm (`norm_match`).
 
 Every prefix token selects `top_k` entries of the CLS pool, every patch `top_k` of the image pool,
-by s = x . k / (|x| |k|). The forward kernel reads a tile of rows once and holds it in registers:
-LayerNorm, norm, similarities, ranks, gate words, partial distances.
+by s = x . k / (|x| |k|). One kernel does all for a tile of rows: LayerNorm, norm, similarities,
+ranks, gate words, partial distances. Which tiles it holds in registers, and which it reads a second
+time, `match_tiles` tells.
 
 Similarities have float32 accuracy from tensor-core products: a row scaled by a power of two is a
 float16 number per element (two of them for float32 x), a unit key is the sum of two. Their products
 are exact, so with u = 2 ** -24 the error of s is at most (C / 8 + 40) u: 4 u for the splits, 2 u
 for each of the C / 16 accumulations (which may truncate), the rest for both norms.
-
-Tiles of 64 rows, which wgmma takes, were compiled for sm_90 and not kept (norm_match, bfloat16,
-C = 768, B = 128; registers, programs per multiprocessor, lower bound; 16 rows: 194, 2, 21 us). Rows
-held by 8 warps: 253, 1, 13 us, nothing to overlap the loads with, and 115 stores spill at C = 1024.
-Rows read once per sum: 160, 3, 17 us, but three reads of x, and the bound does not count memory.
 
 Axes: B batch, L tokens, M tile rows, R pool entries, C width, W gate words.
 Names in kernels: i_ index, o_ offsets, m_ mask, p_ pointers, b_ block in registers.
@@ -32,7 +28,9 @@ from .match_tiles import (
     ROW_EXPONENT,
     add_products,
     entry_bits,
+    held,
     key_row,
+    load_affine_columns,
     load_selected,
     load_tile_columns,
     mantissa,
@@ -41,15 +39,17 @@ from .match_tiles import (
     preference,
     rank_entries,
     row_sum,
+    row_vector,
     store_tile_columns,
     tile_columns,
     tile_rows,
+    unroll_factor,
 )
 from .matching import Matched, Matching, Norm, empty_outputs, launch_of
 
 
 @triton.jit
-def _row_moments(b_x, o_c, C: tl.constexpr, CENTRED: tl.constexpr):
+def _held_moments(b_x, o_c, C: tl.constexpr, CENTRED: tl.constexpr):
     """Return mean (0 unless CENTRED) and sum of squares around it, `[HALVES, 1, 8, 1, 1]`."""
     CHUNK: tl.constexpr = b_x[0].shape[1] * 32
     b_mean = tl.zeros([b_x[0].shape[0], 1, 8, 1, 1], tl.float32)
@@ -70,6 +70,68 @@ def _row_moments(b_x, o_c, C: tl.constexpr, CENTRED: tl.constexpr):
 
 
 @triton.jit
+def _streamed_moments(
+    p_rows, o_c, C: tl.constexpr, CHUNK: tl.constexpr, CENTRED: tl.constexpr
+):  # fmt: skip
+    """Return what `_held_moments` returns, reading the rows once.
+
+    Squares are summed around the mean of the first columns. Those are part of the row, so its
+    deviation is never small against the distance of both means: whatever the row, the variance
+    loses at most log2(C / 32) of its 24 binary digits, which half rows do not show. Rows of float32
+    are held (`launch`).
+    """
+    BOUNDED: tl.constexpr = C % CHUNK == 0
+    o_v = tl.arange(0, 8)[None, None, None, None, :]
+    b_first = load_tile_columns(p_rows, 0, o_c, C, CHUNK <= C).to(tl.float32)
+    b_shift = row_sum(b_first) * (1.0 / min(C, CHUNK)) if CENTRED else 0.0
+    b_sum = tl.zeros(b_first.shape, tl.float32)
+    b_squares = tl.zeros(b_first.shape, tl.float32)
+    for i_c in tl.range(0, C, CHUNK, loop_unroll_factor=unroll_factor(C, CHUNK)):
+        b_shifted = load_tile_columns(p_rows, i_c, o_c, C, BOUNDED).to(tl.float32) - b_shift
+        if CENTRED and not BOUNDED:
+            b_shifted = tl.where(i_c + o_c + o_v < C, b_shifted, 0.0)
+        b_sum += b_shifted
+        b_squares += b_shifted * b_shifted
+    b_total = row_sum(b_squares)
+    if CENTRED:
+        b_sum = row_sum(b_sum)
+        b_offset = b_sum * (1.0 / C)
+        return b_shift + b_offset, tl.maximum(b_total - b_sum * b_offset, 0.0)
+    return tl.zeros(b_total.shape, tl.float32), b_total
+
+
+@triton.jit
+def _norm_and_multiply(
+    b_chunk, b_sum, moments, affine, keys, p_out, i_c, o_c, m_store,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, C: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Store some normed columns; add their products with both parts of the keys to `b_sum`."""
+    EXACT: tl.constexpr = b_chunk.dtype.primitive_bitwidth == 16
+    HALVES: tl.constexpr = b_chunk.shape[0]
+    b_mean, b_rstd, b_scale = moments
+    p_weight, p_bias = affine
+    p_key, p_key_low = keys
+    if not held(HALVES):
+        # No load overtakes a store. A row held in registers leaves none to load so early.
+        b_key = load_tile_columns(p_key, i_c, o_c, C, BOUNDED)
+        b_low = load_tile_columns(p_key_low, i_c, o_c, C, BOUNDED)
+    b_chunk = b_chunk.to(tl.float32)
+    if NORM:
+        # For half rows not x - mean: it would stay as a second copy of the row in registers.
+        b_normed = b_chunk * b_rstd - b_mean * b_rstd if EXACT else (b_chunk - b_mean) * b_rstd
+        if WEIGHT:
+            b_normed *= load_affine_columns(p_weight, i_c, o_c, C, BOUNDED, HALVES)
+        if BIAS:
+            b_normed += load_affine_columns(p_bias, i_c, o_c, C, BOUNDED, HALVES)
+        store_tile_columns(p_out, i_c, o_c, b_normed, m_store, C, BOUNDED)
+    if held(HALVES):
+        b_key = load_tile_columns(p_key, i_c, o_c, C, BOUNDED)
+        b_low = load_tile_columns(p_key_low, i_c, o_c, C, BOUNDED)
+    return add_products(b_sum, b_chunk * b_scale, b_key, b_low, EXACT)
+
+
+@triton.jit
 def match_prompts_fwd_kernel(
     p_x, p_weight, p_bias, p_keys, p_given, p_normed, p_gate, p_partial, p_stats,
     stride_xb, stride_xl, stride_gb, stride_gl, stride_gw,
@@ -82,7 +144,6 @@ def match_prompts_fwd_kernel(
     """One program per tile of rows of one role."""
     BLOCK_M: tl.constexpr = 8 * HALVES
     CHUNK: tl.constexpr = 32 * SLICES
-    EXACT: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth == 16
     i_tile = tl.program_id(0)
     is_cls, o_first, first, count = pick_role(i_tile, batch, num_tokens, num_prefix, BLOCK_M)
     pool = tl.where(is_cls, cls_pool, image_pool)
@@ -96,35 +157,39 @@ def match_prompts_fwd_kernel(
     p_out = p_normed + (i_b * num_tokens + i_l) * C
     o_c = tile_columns(SLICES)
     b_x = ()
-    for i_c in tl.static_range(0, C, CHUNK):
-        # [HALVES, SLICES, 8, 4, 8]
-        b_x += (load_tile_columns(p_rows, i_c, o_c, C),)
+    if held(HALVES):
+        for i_c in tl.static_range(0, C, CHUNK):
+            # [HALVES, SLICES, 8, 4, 8]
+            b_x += (load_tile_columns(p_rows, i_c, o_c, C, i_c + CHUNK <= C),)
+        b_mean, b_squares = _held_moments(b_x, o_c, C, NORM)
+    else:
+        b_mean, b_squares = _streamed_moments(p_rows, o_c, C, CHUNK, NORM)
 
-    b_mean, b_squares = _row_moments(b_x, o_c, C, NORM)
+    b_rstd = b_mean
     if NORM:
         b_rstd = tl.math.rsqrt(b_squares * (1.0 / C) + tl.cast(eps, tl.float32))
     b_norm2 = b_squares + b_mean * b_mean * C
     b_inverse = tl.math.rsqrt(tl.maximum(b_norm2, NORM_EPS * NORM_EPS))
     b_scale = power_of_two(b_inverse, ROW_EXPONENT)
-    o_key = tl.minimum(tile_rows(BLOCK_R // 8), last_entry)
+    p_key = p_keys + tl.minimum(tile_rows(BLOCK_R // 8), last_entry) * C
     m_store = o_first + tile_rows(HALVES) < batch * count
-    o_same = tile_rows(1) * 0
-    b_sum = tl.zeros([SLICES, BLOCK_M, BLOCK_R], tl.float32)
-    for i in tl.static_range(len(b_x)):
-        b_chunk = b_x[i].to(tl.float32)
-        if NORM:
-            # For half rows not x - mean: it would stay as a second copy of the row in registers.
-            b_centred = b_chunk - b_mean
-            b_normed = b_chunk * b_rstd - b_mean * b_rstd if EXACT else b_centred * b_rstd
-            if WEIGHT:
-                b_normed *= load_tile_columns(p_weight + o_same, i * CHUNK, o_c, C).to(tl.float32)
-            if BIAS:
-                b_normed += load_tile_columns(p_bias + o_same, i * CHUNK, o_c, C).to(tl.float32)
-            store_tile_columns(p_out, i * CHUNK, o_c, b_normed, m_store, C)
-        p_key = p_keys + o_key * C
-        b_key = load_tile_columns(p_key, i * CHUNK, o_c, C)
-        b_low = load_tile_columns(p_key + num_keys * C, i * CHUNK, o_c, C)
-        b_sum = add_products(b_sum, b_chunk * b_scale, b_key, b_low, EXACT)
+    moments, affine = (b_mean, b_rstd, b_scale), (p_weight, p_bias)
+    keys = (p_key, p_key + num_keys * C)
+    shape: tl.constexpr = [BLOCK_M, BLOCK_R] if SLICES == 1 else [SLICES, BLOCK_M, BLOCK_R]
+    b_sum = tl.zeros(shape, tl.float32)
+    if held(HALVES):
+        for i in tl.static_range(len(b_x)):
+            b_sum = _norm_and_multiply(
+                b_x[i], b_sum, moments, affine, keys, p_out, i * CHUNK, o_c, m_store,
+                NORM, WEIGHT, BIAS, C, (i + 1) * CHUNK <= C,
+            )  # fmt: skip
+    else:
+        for i_c in tl.range(0, C, CHUNK):
+            b_chunk = load_tile_columns(p_rows, i_c, o_c, C, C % CHUNK == 0)
+            b_sum = _norm_and_multiply(
+                b_chunk, b_sum, moments, affine, keys, p_out, i_c, o_c, m_store,
+                NORM, WEIGHT, BIAS, C, C % CHUNK == 0,
+            )  # fmt: skip
     o_i = o_first + tl.arange(0, BLOCK_M)
     m_rows = o_i < batch * count
     i_b, i_l = (o_i // count).to(tl.int64), first + o_i % count
@@ -132,10 +197,10 @@ def match_prompts_fwd_kernel(
     UNSCALE: tl.constexpr = 1.0 / (KEY_SCALE * 2**ROW_EXPONENT)
     # Products with an infinite element must not pass for similarities: times 0 they are NaN.
     b_unscale = tl.where(b_norm2 < float("inf"), mantissa(b_inverse) * UNSCALE, 0.0)
-    b_unscale = tl.reshape(b_unscale, [BLOCK_M])
+    b_unscale = row_vector(b_unscale)
     o_r = tl.arange(0, BLOCK_R)
     # [M, R] fp32
-    b_similarity = tl.sum(b_sum, 0) * b_unscale[:, None]
+    b_similarity = (b_sum if SLICES == 1 else tl.sum(b_sum, 0)) * b_unscale[:, None]
     first_bit = tl.where(is_cls, 0, cls_pool * cls_length)
     length = tl.where(is_cls, cls_length, image_length)
     m_entry = m_rows[:, None] & (o_r < pool)[None, :]
@@ -148,8 +213,8 @@ def match_prompts_fwd_kernel(
         top_k = tl.where(is_cls, cls_top_k, image_top_k)
         b_order = preference(b_similarity, (o_r < pool)[None, :], FARTHEST)
         # One warp, or two that also normalise, have no registers for all pairs of 32 entries.
-        WHOLE: tl.constexpr = 16 if SLICES == 1 or (NORM and SLICES == 2) else 32
-        m_selected = m_entry & (rank_entries(b_order, WHOLE) < top_k)
+        AT_ONCE: tl.constexpr = 16 if SLICES == 1 or (NORM and SLICES == 2) else 32
+        m_selected = m_entry & (rank_entries(b_order, AT_ONCE) < top_k)
         for i_word in range(num_words):
             b_bits = entry_bits(o_r, first_bit, length, i_word)
             b_word = tl.sum(tl.where(m_selected, b_bits[None, :], 0), 1)
@@ -163,12 +228,12 @@ def match_prompts_fwd_kernel(
     # that was clamped is a constant: it hands no gradient on.
     p_row = p_stats + i_b * num_tokens + i_l
     num_rows = tl.cast(batch, tl.int64) * num_tokens
-    m_clamped = tl.reshape(b_norm2, [BLOCK_M]) < NORM_EPS * NORM_EPS
-    tl.store(p_row, tl.reshape(b_inverse, [BLOCK_M]), mask=m_rows)
+    m_clamped = row_vector(b_norm2) < NORM_EPS * NORM_EPS
+    tl.store(p_row, row_vector(b_inverse), mask=m_rows)
     tl.store(p_row + num_rows, tl.where(m_clamped, 0.0, b_selected), mask=m_rows)
     if NORM:
-        tl.store(p_row + 2 * num_rows, tl.reshape(b_mean, [BLOCK_M]), mask=m_rows)
-        tl.store(p_row + 3 * num_rows, tl.reshape(b_rstd, [BLOCK_M]), mask=m_rows)
+        tl.store(p_row + 2 * num_rows, row_vector(b_mean), mask=m_rows)
+        tl.store(p_row + 3 * num_rows, row_vector(b_rstd), mask=m_rows)
 
 
 @triton.jit

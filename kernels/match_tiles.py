@@ -1,10 +1,15 @@
 """Device primitives of prompt matching: tiles of token rows, split operands, exact selection.
 
-A tile holds BLOCK_M = 8 * HALVES rows and 32 * SLICES columns as `[HALVES, SLICES, 8, 4, 8]`: row
-8 h + g and column 32 s + 8 t + v at index (h, s, g, t, v). Eight consecutive columns belong to one
-thread, (g, t) to one warp and s to the warps, so that 16-byte loads from global memory are already
-the operands of a tensor-core product once `fragments` has renamed the columns of a group of 32.
-Products over C are split over the warps; nothing but their sum goes through shared memory.
+A tile holds BLOCK_M = 8 * HALVES rows and 32 * SLICES columns as `[HALVES, SLICES, 8, 4, 8]`: g of
+the eight rows of half h (`tile_rows`) and column 32 s + 8 t + v at index (h, s, g, t, v). Eight
+consecutive columns belong to one thread, (g, t) to one warp, so that 16-byte loads from global
+memory are already the operands of a tensor-core product once `fragments` has renamed the columns of
+a group of 32. Two kinds of tile (`held`):
+
+- 16 or 32 rows, slices split over the warps. All columns stay in registers, rows are read once.
+  Nothing but the sum of the warps' products goes through shared memory; the products are mma.sync.
+- 64 rows or more, one slice, halves split over the warps: what wgmma takes. Rows are read once for
+  their moments and once for the rest, the keys a quarter as often.
 
 Axes: B batch, L tokens, M tile rows, R pool entries, C width, W gate words.
 Names in kernels: i_ index, o_ offsets, m_ mask, p_ pointers, b_ block in registers.
@@ -46,6 +51,11 @@ def key_row(is_cls, cls_pool, image_pool):
 def tile_rows(HALVES: tl.constexpr):
     """Return the rows of a tile, int32 `[HALVES, 1, 8, 1, 1]`."""
     o_h = tl.arange(0, HALVES)[:, None, None, None, None]
+    PAIRS: tl.constexpr = HALVES // 2
+    if PAIRS > 1:
+        # A warp of a tall tile holds every PAIRS-th half; a product wants it to hold 16 rows that
+        # follow one another.
+        o_h = o_h % PAIRS * 2 + o_h // PAIRS
     return o_h * 8 + tl.arange(0, 8)[None, None, :, None, None]
 
 
@@ -56,6 +66,19 @@ def tile_columns(SLICES: tl.constexpr):
     return o_s * 32 + tl.arange(0, 4)[None, None, None, :, None] * 8
 
 
+@triton.constexpr_function
+def held(HALVES):
+    """Return whether rows stay in registers; tiles of 64 rows or more are read once per pass."""
+    return HALVES < 8
+
+
+@triton.constexpr_function
+def unroll_factor(C, CHUNK):
+    """Return how many chunks to load at a time: a divisor, for there is no second loop."""
+    chunks = -(-C // CHUNK)
+    return 4 if chunks % 4 == 0 else 2 if chunks % 2 == 0 else 1
+
+
 @triton.jit
 def _load(pointers, mask, BOUNDED: tl.constexpr):
     if BOUNDED:
@@ -64,13 +87,13 @@ def _load(pointers, mask, BOUNDED: tl.constexpr):
 
 
 @triton.jit
-def load_tile_columns(p_rows, I_C: tl.constexpr, o_c, C: tl.constexpr):
-    """Load the chunk of columns that begins at I_C; `o_c` are the `tile_columns`.
+def load_tile_columns(p_rows, i_c, o_c, C: tl.constexpr, BOUNDED: tl.constexpr):
+    """Load the chunk of columns that begins at i_c; `o_c` are the `tile_columns`.
 
-    Rows carry no mask: a caller repeats the last row instead, which costs no traffic and no select.
+    BOUNDED says that the chunk ends before C. Rows carry no mask: a caller repeats the last row
+    instead, which costs no traffic and no select.
     """
-    BOUNDED: tl.constexpr = I_C + 32 * o_c.shape[1] <= C
-    o_c += I_C
+    o_c += i_c
     p_first = p_rows + o_c
     if p_first.dtype.element_ty.primitive_bitwidth == 32:
         # Two loads of 16 bytes keep the eight columns in one thread.
@@ -85,10 +108,24 @@ def load_tile_columns(p_rows, I_C: tl.constexpr, o_c, C: tl.constexpr):
 
 
 @triton.jit
-def store_tile_columns(p_rows, I_C: tl.constexpr, o_c, b_tile, m_rows, C: tl.constexpr):
+def load_affine_columns(p_row, i_c, o_c, C: tl.constexpr, BOUNDED: tl.constexpr,
+                        HALVES: tl.constexpr):  # fmt: skip
+    """Load columns of one row, fp32, as a tile of equal rows that broadcasts to HALVES."""
+    # A row for every warp of a tall tile, so that each loads what its own threads multiply.
+    ROWS: tl.constexpr = 1 if held(HALVES) else HALVES // 2
+    b_row = load_tile_columns(p_row + tile_rows(ROWS) * 0, i_c, o_c, C, BOUNDED).to(tl.float32)
+    if not held(HALVES):
+        b_both = tl.permute(tl.join(b_row, b_row), (5, 0, 1, 2, 3, 4))
+        b_row = tl.reshape(b_both, [HALVES, b_row.shape[1], 8, 4, 8])
+    return b_row
+
+
+@triton.jit
+def store_tile_columns(
+    p_rows, i_c, o_c, b_tile, m_rows, C: tl.constexpr, BOUNDED: tl.constexpr
+):  # fmt: skip
     """Store what `load_tile_columns` loads."""
-    BOUNDED: tl.constexpr = I_C + 32 * o_c.shape[1] <= C
-    o_c += I_C
+    o_c += i_c
     p_first = p_rows + o_c
     b_tile = b_tile.to(p_first.dtype.element_ty)
     if p_first.dtype.element_ty.primitive_bitwidth == 32:
@@ -109,13 +146,17 @@ def store_tile_columns(p_rows, I_C: tl.constexpr, o_c, b_tile, m_rows, C: tl.con
 def fragments(b_tile):
     """Turn `[HALVES, SLICES, 8, 4, 8]` into `[SLICES, 8 * HALVES, 32]`, columns renamed.
 
+    One slice is a matrix, `[8 * HALVES, 32]`: wgmma takes no batch.
+
     Column 8 t + 4 k + 2 p + e moves to 16 k + 8 p + 2 t + e, where a product of 16 x 8 x 16 wants
     what thread t holds. Both operands are renamed alike, so their product over C does not change.
     """
     HALVES: tl.constexpr = b_tile.shape[0]
     SLICES: tl.constexpr = b_tile.shape[1]
-    b_tile = tl.reshape(b_tile, [HALVES, SLICES, 8, 4, 2, 2, 2])
-    return tl.reshape(tl.permute(b_tile, (1, 0, 2, 4, 5, 3, 6)), [SLICES, HALVES * 8, 32])
+    b_tile = tl.reshape(b_tile, [2, HALVES // 2, SLICES, 8, 4, 2, 2, 2])
+    b_tile = tl.permute(b_tile, (2, 1, 0, 3, 5, 6, 4, 7))
+    shape: tl.constexpr = [HALVES * 8, 32] if SLICES == 1 else [SLICES, HALVES * 8, 32]
+    return tl.reshape(b_tile, shape)
 
 
 @triton.jit
@@ -140,13 +181,18 @@ def split_half(b_value):
 
 
 @triton.jit
+def _transposed(b_keys):
+    return tl.trans(b_keys) if len(b_keys.shape) == 2 else tl.permute(b_keys, (0, 2, 1))
+
+
+@triton.jit
 def add_products(b_sum, b_scaled, b_keys, b_keys_low, EXACT: tl.constexpr):
-    """Add scaled token columns times both parts of the unit keys, `[SLICES, M, R]`.
+    """Add scaled token columns times both parts of the unit keys, `[SLICES, M, R]` or `[M, R]`.
 
     EXACT says that the tokens are float16 numbers; other tokens are split too.
     """
-    b_keys = tl.permute(fragments(b_keys), (0, 2, 1))
-    b_keys_low = tl.permute(fragments(b_keys_low), (0, 2, 1))
+    b_keys = _transposed(fragments(b_keys))
+    b_keys_low = _transposed(fragments(b_keys_low))
     b_high, b_low = split_half(b_scaled)
     if not EXACT:
         b_low = fragments(b_low)
@@ -226,3 +272,11 @@ def load_selected(p_gate_rows, stride_w, o_r, first_bit, length, mask):
 def row_sum(b_tile):
     """Add the columns of a tile: `[HALVES, SLICES, 8, 4, 8]` to `[HALVES, 1, 8, 1, 1]`."""
     return tl.sum(tl.sum(tl.sum(b_tile, 4), 3), 1)[:, None, :, None, None]
+
+
+@triton.jit
+def row_vector(b_rows):
+    """Turn a value per row, `[HALVES, 1, 8, 1, 1]`, into `[8 * HALVES]` in the order of rows."""
+    HALVES: tl.constexpr = b_rows.shape[0]
+    b_rows = tl.permute(tl.reshape(b_rows, [2, HALVES // 2, 8]), (1, 0, 2))
+    return tl.reshape(b_rows, [8 * HALVES])

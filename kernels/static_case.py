@@ -10,13 +10,23 @@ import torch
 from .launch import DTYPE_NAMES, Launch
 
 
+@dataclass(frozen=True, slots=True)
+class Executed:
+    """Iterations of a loop that the compiler may unroll, by how often they execute an instruction."""
+
+    opcode: str
+    """The instruction; of several such loops only the last may contain that of a later one."""
+    count: int
+    """Executions by one warp, over all iterations."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
     """Programs of one kernel that do the same work, for a lower bound of its time."""
 
     programs: int
     """How many of them one launch has."""
-    trips: tuple[float, ...]
+    trips: tuple[float | Executed, ...]
     """Mean iterations of every loop, in the order of the machine code."""
     constants: Mapping[str, object] = field(default_factory=dict)
     """Values, also of run-time arguments, that leave only this part when compiled in."""
@@ -69,4 +79,4 @@ def static_signature(
     return {name: type_of(name) for name in kernel.arg_names}
 
 
-__all__ = ["Part", "StaticCase", "static_signature"]
+__all__ = ["Executed", "Part", "StaticCase", "static_signature"]

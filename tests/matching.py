@@ -1,8 +1,12 @@
 """Cases and oracles of the tests of the matching kernels."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
+from tcpa.kernels.launch import Launch, override
 from torch import Tensor
 
 from tcpa.reference import split_gate
@@ -65,6 +69,23 @@ CASES = {
     "lengths": Case(lengths=(4, 5)),
     "lengths-long": Case(pool=(3, 4), top_k=(1, 2), lengths=(37, 64)),
 }
+
+
+# Halves and slices of a tile, warps: rows held in registers, and rows read once per pass.
+TILES = {"held": (2, 4, 4), "tall": (8, 1, 4), "taller": (16, 1, 8)}
+
+
+@contextlib.contextmanager
+def tiles(name: str) -> Iterator[None]:
+    """Launch the kernels of tokens with such tiles, whatever the launch table says."""
+    halves, slices, warps = TILES[name]
+    blocks = MappingProxyType({"HALVES": halves, "SLICES": slices})
+    launch = Launch(blocks=blocks, num_warps=warps, num_stages=1)
+    with contextlib.ExitStack() as stack:
+        for operation in ("match_prompts", "norm_match"):
+            for kernel in ("fwd", "dx"):
+                stack.enter_context(override(f"{operation}_{kernel}", launch))
+        yield
 
 
 def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

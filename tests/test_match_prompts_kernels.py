@@ -16,11 +16,13 @@ from matching import (
     CASES,
     DEVICE,
     DTYPES,
+    TILES,
     Case,
     assert_close,
     bound,
     make_inputs,
     poison_allocations,
+    tiles,
     wrong_margin,
 )
 from tcpa.kernels.common import launch_error
@@ -73,7 +75,23 @@ def test_selection_distance_and_gradients(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_selection_is_right_at_margins_of_a_few_ulp(dtype):
+@pytest.mark.parametrize("tile", ["tall", "taller"])
+@pytest.mark.parametrize(
+    "name", ["small", "paper", "width-100", "width-30", "prefix-5", "no-pool", "pool-64", "lengths"]
+)
+def test_tall_tiles(name, tile, dtype):
+    with tiles(tile):
+        test_selection_distance_and_gradients(CASES[name], dtype)
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_selection_is_right_at_margins_of_a_few_ulp(dtype, tile):
+    with tiles(tile):
+        _check_narrow_margins(dtype)
+
+
+def _check_narrow_margins(dtype):
     # 18 keys that differ by 1e-6 only: margins between 1e-9 and 1e-6, as in the golden files.
     case = Case(batch=1, tokens=64, width=768, pool=(18, 18), top_k=(9, 9))
     x, *_ = make_inputs(case, dtype)
@@ -357,11 +375,14 @@ def test_bad_input_is_refused_before_any_launch(bad):
 class TestOnGpu:
     case = Case(batch=16, tokens=197, width=768, pool=(18, 18), top_k=(10, 10))
 
-    def test_bfloat16(self):
-        test_selection_distance_and_gradients(self.case, torch.bfloat16)
+    @pytest.mark.parametrize("tile", TILES)
+    def test_bfloat16(self, tile):
+        with tiles(tile):
+            test_selection_distance_and_gradients(self.case, torch.bfloat16)
 
-    def test_bfloat16_margins(self):
-        test_selection_is_right_at_margins_of_a_few_ulp(torch.bfloat16)
+    @pytest.mark.parametrize("tile", TILES)
+    def test_bfloat16_margins(self, tile):
+        test_selection_is_right_at_margins_of_a_few_ulp(torch.bfloat16, tile)
 
     def test_a_hundred_runs_give_the_same_bits(self):
         inputs = make_inputs(self.case, torch.bfloat16)

@@ -17,11 +17,13 @@ from matching import (
     CASES,
     DEVICE,
     DTYPES,
+    TILES,
     Case,
     assert_close,
     bound,
     make_inputs,
     poison_allocations,
+    tiles,
     wrong_margin,
 )
 from tcpa.kernels.common import launch_error
@@ -124,8 +126,19 @@ def test_normed_rows_selection_distance_and_gradients(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile", ["tall", "taller"])
+@pytest.mark.parametrize(
+    "name", ["small", "paper", "width-100", "width-30", "width-192", "prefix-0", "no-pool"]
+)
+def test_tall_tiles(name, tile, dtype):
+    with tiles(tile):
+        check(CASES[name], dtype, make_affine(CASES[name].width))
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("affine", ["weight", "bias", "none", "half"])
-def test_affine_parameters_may_be_absent_or_half(affine, dtype):
+def test_affine_parameters_may_be_absent_or_half(affine, dtype, tile):
     weight, bias = make_affine(64)
     choices = {
         "weight": (weight, None),
@@ -133,17 +146,35 @@ def test_affine_parameters_may_be_absent_or_half(affine, dtype):
         "none": (None, None),
         "half": (weight.half(), bias.half()),
     }
-    check(Case(), dtype, choices[affine])
+    with tiles(tile):
+        check(Case(), dtype, choices[affine])
 
 
-def test_the_norm_of_a_row_does_not_cancel():
+@pytest.mark.parametrize("tile", TILES)
+def test_the_deviation_of_a_row_does_not_cancel(tile):
+    # The first columns, about which a tall tile sums squares, are as far from the rest as can be.
+    case = Case(width=768, tokens=5)
+    x, *keys = make_inputs(case, torch.float32 if tile == "held" else torch.float16)
+    x[..., :32] += 1000
+    x[0, :, 32:] *= 1e-3
+    inputs, affine = (x, *keys), make_affine(768)
+    truth = run(norm_match_reference, inputs, affine, case, double=True)
+    plain = run(norm_match_reference, inputs, affine, case, gate=truth[1])
+    with tiles(tile):
+        ours = run(norm_match, inputs, affine, case, gate=truth[1])
+    assert_close("normed", ours[0], plain[0], truth[0])
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_the_norm_of_a_row_does_not_cancel(tile):
     # A mean a thousand times the deviation: sums of squares about zero would lose the variance.
     case = Case(width=96)
     x, *keys = make_inputs(case, torch.float32)
     inputs, affine = (x * 0.01 + 10, *keys), make_affine(96)
     truth = run(norm_match_reference, inputs, affine, case, double=True)
     plain = run(norm_match_reference, inputs, affine, case, gate=truth[1])
-    ours = run(norm_match, inputs, affine, case, gate=truth[1])
+    with tiles(tile):
+        ours = run(norm_match, inputs, affine, case, gate=truth[1])
     assert_close("normed", ours[0], plain[0], truth[0], 1e3)
     assert abs(ours[2].item() - truth[2].item()) < 1e-6
 
@@ -328,8 +359,10 @@ def test_bad_rows_are_refused_before_any_launch():
 class TestOnGpu:
     case = Case(batch=16, tokens=197, width=768, pool=(18, 18), top_k=(10, 10))
 
-    def test_bfloat16(self):
-        check(self.case, torch.bfloat16, make_affine(768))
+    @pytest.mark.parametrize("tile", TILES)
+    def test_bfloat16(self, tile):
+        with tiles(tile):
+            check(self.case, torch.bfloat16, make_affine(768))
 
     def test_a_hundred_runs_give_the_same_bits(self):
         inputs, affine = make_inputs(self.case, torch.bfloat16), make_affine(768)
