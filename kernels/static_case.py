@@ -12,7 +12,7 @@ from .launch import DTYPE_NAMES, Launch
 
 @dataclass(frozen=True, slots=True)
 class Executed:
-    """Iterations of a loop that the compiler may unroll, by how often they execute an instruction."""
+    """Iterations of a loop that the compiler may unroll, by the times they execute an opcode."""
 
     opcode: str
     """The instruction; of several such loops only the last may contain that of a later one."""
