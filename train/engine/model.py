@@ -56,14 +56,15 @@ def build_model(config: RunConfig, settings: Recipe, world: World, num_classes: 
 
     def wrap(vit: torch.nn.Module, weights: torch.dtype) -> tcpa.PromptedViT:
         try:
-            return tcpa.wrap(
-                vit.to(world.device, weights),
+            model = tcpa.wrap(
+                vit,
                 settings.prompts,
                 num_classes=num_classes,
                 normalization=config.normalization,
             )
         except (TypeError, ValueError) as error:
             raise UsageError(f"--backbone {config.backbone}: {error}") from None
+        return _store(model, weights).to(world.device)
 
     model = wrap(backbone, numerics.weights)
     twin = None if spare is None else Twin(wrap(spare, exact.weights))
@@ -72,3 +73,13 @@ def build_model(config: RunConfig, settings: Recipe, world: World, num_classes: 
     return BuiltModel(
         model=model, numerics=numerics, eval_numerics=exact, twin=twin, backbone=record
     )
+
+
+def _store(model: tcpa.PromptedViT, weights: torch.dtype) -> tcpa.PromptedViT:
+    """Convert the frozen weights; what is trained starts from the same values in all precisions."""
+    named = model.trainable_named_parameters()
+    values = {name: parameter.detach().clone() for name, parameter in named.items()}
+    model.to(weights)
+    for name, parameter in named.items():
+        parameter.data = values[name]
+    return model

@@ -1,6 +1,7 @@
 """From what a user asked for to what a run does: the recipe with the options put over it."""
 
 import dataclasses
+import difflib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import tcpa
 
 from ...cli import UsageError, require
 from ..config import RunConfig
+from ..data.splits import NAMES
 from ..recipes import Recipe, recipe
 
 DIRECT = {
@@ -49,8 +51,13 @@ def resolve(config: RunConfig) -> Recipe:
     """Return the recipe of a run with the options that were given in place of its values.
 
     Raises:
-        UsageError: an option does not fit the method, or the values do not fit each other.
+        UsageError: there is no such dataset, an option does not fit the method, or values do not
+            fit each other.
     """
+    near = difflib.get_close_matches(config.dataset, NAMES, n=1)
+    hint = f"did you mean {near[0]}?" if near else "choose one of these"
+    known = config.dataset in NAMES
+    require(known, "DATASET", repr(config.dataset), ", ".join(NAMES), hint)
     found = recipe(config.dataset, config.method)
     given = {field: getattr(config, option) for option, field in DIRECT.items()}
     given = {field: value for field, value in given.items() if value is not None}

@@ -164,6 +164,13 @@ def _dummy(values: Tensor) -> Tensor:
     return values.new_zeros(1, *values.shape[1:])
 
 
+def _wait_for(stream: Any) -> None:
+    """Order a side stream and the current one: what either was given comes before what follows."""
+    current = torch.cuda.current_stream()
+    stream.wait_stream(current)
+    current.wait_stream(stream)
+
+
 class _StepGraph:
     """The device's part of a step as one CUDA graph; captured anew when the selection changes.
 
@@ -204,11 +211,11 @@ class _StepGraph:
         state = torch.cuda.get_rng_state(self._trainer.world.device)
         before = self._values()
         stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        _wait_for(stream)
         with torch.cuda.stream(stream):
             for _ in range(self.WARM_UPS):
                 self._trainer.update(*inputs, scale)
-        torch.cuda.current_stream().wait_stream(stream)
+        _wait_for(stream)
         self._restore(before)
         torch.cuda.set_rng_state(state, self._trainer.world.device)
         self._graph = torch.cuda.CUDAGraph()
