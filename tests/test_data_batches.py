@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tcpa.train.data.batches import Batches, gather_crops, local_rows
 from tcpa.train.data.cached import open_cached
+from tcpa.train.data.memory import Memory
 from tcpa.train.data.splits import open_split
 from tcpa.train.data.transform import IMAGENET_MEAN, IMAGENET_STD, Transform
 
@@ -227,6 +228,43 @@ def test_what_batches_tell(train) -> None:
     assert batch.images.dtype == torch.float32
     assert batch.labels.dtype == torch.int64
     assert batch.images.is_contiguous()
+
+
+def test_memory_is_used_again_only_when_nobody_holds_it() -> None:
+    memory = Memory()
+
+    def fill(value: float, count: int = 4) -> torch.Tensor:
+        array = memory.take((count, 3))
+        array[:] = value
+        return torch.from_numpy(array)
+
+    first = fill(1)
+    address = first.data_ptr()
+    held = fill(2)[1:, :2].t()
+    assert held.data_ptr() != address
+    del first
+    again = fill(3, count=2)
+    assert again.data_ptr() == address
+    storage = fill(4).untyped_storage()
+    kept = [fill(5 + n) for n in range(6)]
+    assert held.unique().item() == 2, "a view of a batch was overwritten"
+    assert again.unique().item() == 3
+    assert torch.tensor(storage.tolist()[:4], dtype=torch.uint8).view(torch.float32).item() == 4
+    assert [batch.unique().item() for batch in kept] == [5, 6, 7, 8, 9, 10]
+    larger = fill(11, count=9)
+    assert larger.shape == (9, 3)
+
+
+def test_batches_that_are_kept_stay_as_they_are(train) -> None:
+    made = batches(train, batch_size=3)
+    kept = list(made.epoch(0))
+    copies = [batch.images.clone() for batch in kept]
+    for _ in made.epoch(1):
+        pass
+    assert all(torch.equal(b.images, c) for b, c in zip(kept, copies, strict=True))
+    # One that is let go serves the next: the epoch has two arrays, not seven.
+    seen = {batch.images.data_ptr() for batch in batches(train, batch_size=3).epoch(0)}
+    assert len(seen) <= 2
 
 
 def test_refusals(train) -> None:
