@@ -103,6 +103,18 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same(train, uninterrupted
     assert_same_end(tmp_path, uninterrupted)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precisions_go_on_as_they_were(precision, train, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert train(whole, precision=precision) == 0
+    assert train(killed, ("step", 6), precision=precision) == -9
+    assert train(killed, precision=precision) == 0
+    expected = end_of(whole)
+    assert_same_end(killed, expected)
+    # float16 has found its scale by skipping steps.
+    assert bool(expected[1]["scaler"]) == (precision == "fp16")
+
+
 def test_a_run_between_checkpoints_repeats_what_was_lost(train, uninterrupted, tmp_path):
     # Nothing is saved before the end: all of it is done again.
     assert train(tmp_path, ("step", 8), checkpoint_seconds=1e6) == -9

@@ -61,7 +61,7 @@ def join(device: str) -> Iterator[World]:
         UsageError: there is no such device, or fewer GPUs than processes on this machine.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if size == 1 or "RANK" not in os.environ:
         yield World(choose_device(device))
         return
     rank, chosen = int(os.environ["RANK"]), _local_device(device)

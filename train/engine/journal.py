@@ -33,6 +33,7 @@ class Journal:
             UsageError: the file is shorter than `keep`, or cannot be written.
         """
         self.path = folder / METRICS
+        self._board = _open_board(folder, step) if tensorboard else None
         try:
             size = self.path.stat().st_size if self.path.exists() else 0
             if size < keep:
@@ -44,7 +45,6 @@ class Journal:
             self._file.truncate(keep)
         except OSError as error:
             raise cannot_write(self.path, error) from None
-        self._board = _open_board(folder, step) if tensorboard else None
 
     def add(self, kind: str, step: int, scalars: dict[str, float], **record: Any) -> None:
         """Append a line.
