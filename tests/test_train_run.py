@@ -26,9 +26,9 @@ def lines_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def finished(output, **options):
+def finished(output, *, images=22, **options):
     """Run; return result, folder, lines of the metrics."""
-    result = run(make_config(output, **options), make_splits())
+    result = run(make_config(output, **options), make_splits(images))
     (folder,) = output.glob("*/*/*")
     return result, folder, lines_of(folder)
 
@@ -210,13 +210,18 @@ def test_first_epochs_select_at_random(tmp_path, monkeypatch):
     assert drawn == [*first, *tests, *second, *tests]
 
 
+@pytest.mark.slow
 def test_a_compiled_run_has_the_same_losses(tmp_path, monkeypatch):
     # Capture is what differs between models; generated code is torch's own business.
     compile_model = functools.partialmethod(tcpa.PromptedViT.compile, backend="eager")
     monkeypatch.setattr(tcpa.PromptedViT, "compile", compile_model)
-    options = {"prompt_dropout": 0.0, "random_selection_epochs": 0, "epochs": 1}
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {"random_selection_epochs": 1, "epochs": 3, "images": 8}
     plain = finished(tmp_path / "plain", **options)
     compiled = finished(tmp_path / "compiled", compile=True, **options)
+    # Two ways to select, and two sizes of batches of tests: not one more for every epoch.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
     for a, b in zip(plain[2], compiled[2], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 

@@ -35,8 +35,7 @@ def make_trainer(tmp_path, *, total=6, graph=False, world=CPU, **options):
     settings = resolve(config)
     built = build_model(config, settings, world, CLASSES)
     trainer = Trainer(built.model, settings, world, built.numerics, total_steps=total, graph=graph)
-    built.model.train()
-    built.model.set_epoch(0)
+    trainer.begin(0)
     return trainer, settings
 
 
@@ -304,7 +303,7 @@ def run_steps(trainer, device="cpu"):
     """Two epochs of two full batches and a smaller one; the selection is random in the first."""
     found = []
     for step in range(6):
-        trainer.model.set_epoch(step // 3)
+        trainer.begin(step // 3)
         batch = one_batch(4 if step % 3 == 2 else 8, device)
         trainer.step(fresh(batch), step // 3, step % 3, step)
         found.append(trainer.take_losses())

@@ -154,8 +154,7 @@ class Loop:
 
     def _train_epoch(self, journal: Journal | None, display: Display) -> None:
         state, trainer, epoch = self.state, self.trainer, self.state.epoch
-        trainer.model.train()
-        trainer.model.set_epoch(epoch)
+        trainer.begin(epoch)
         mark = time.perf_counter()
         for batch in self.splits.train.epoch(epoch, state.batch):
             trainer.step(batch, epoch, state.batch, state.step)

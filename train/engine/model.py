@@ -69,7 +69,8 @@ def build_model(config: RunConfig, settings: Recipe, world: World, num_classes: 
     model = wrap(backbone, numerics.weights)
     twin = None if spare is None else Twin(wrap(spare, exact.weights))
     if config.compile:
-        model.compile()
+        # One graph per batch size: there are four at most, and sizes that are known run faster.
+        model.compile(dynamic=False)
     return BuiltModel(
         model=model, numerics=numerics, eval_numerics=exact, twin=twin, backbone=record
     )
