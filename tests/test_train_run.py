@@ -1,14 +1,17 @@
 """Promise: a run leaves a folder from which everything can be drawn, and says how it chose."""
 
 import functools
+import io
 import json
 import statistics
 import sys
 
 import pytest
+import rich.console
 import torch
 from tcpa.train import run as running
 from tcpa.train.backbones import load_backbone
+from tcpa.train.engine import progress
 from tcpa.train.engine.checkpoint import CURRENT, load_checkpoint
 from tcpa.train.engine.distributed import World
 from tcpa.train.engine.evaluate import evaluate
@@ -148,6 +151,26 @@ def test_outside_a_terminal_there_is_one_line_an_epoch(tmp_path, capsys):
     assert sum(line.startswith("epoch ") for line in printed.splitlines()) == 2
     assert "note: hyper-parameters of vpt+tcpa are unpublished" in printed
     assert "input pipeline alone" in printed and "images/s" in printed
+
+
+def test_a_terminal_shows_rate_and_remaining_time(tmp_path, monkeypatch):
+    screen = io.StringIO()
+    console = functools.partial(rich.console.Console, file=screen, force_terminal=True)
+    monkeypatch.setattr(progress, "Console", lambda **options: console(**options | {"width": 150}))
+    display = progress.Display(CPU, "cub", total_images=40, done_images=10)
+    with display:
+        display.advance(10)
+        display.note("loss 1.234  5,678 images/s")
+        display.say("epoch 1")
+        display._bar.refresh()
+    shown = screen.getvalue()
+    for part in ("cub", " 50 %", "loss 1.234  5,678 images/s", ":", "epoch 1"):
+        assert part in shown
+    other = progress.Display(World(CPU.device, 1, 2), "cub", total_images=40, done_images=0)
+    before = len(shown)
+    with other:
+        other.say("epoch 1")
+    assert len(screen.getvalue()) == before, "the first process alone is seen"
 
 
 # Methods and precisions.

@@ -1,8 +1,10 @@
 """Promise: a sweep carries out every run once, whatever happens to one of them."""
 
 import json
+import os
 import shlex
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -197,3 +199,22 @@ def test_an_unknown_method_is_named_before_anything_runs(tmp_path):
     with pytest.raises(UsageError, match=r"--method: got 'vftp', .*did you mean vfpt\?"):
         sweep(SweepConfig(datasets=("dtd",), methods=("vftp",), output=tmp_path / "runs"))
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_interruption_leaves_no_process_behind(stand_in, tmp_path, monkeypatch):
+    Path("stand_in.py").write_text(
+        "import os, time; open('pid', 'w').write(f'{os.getpid()}\\n'); time.sleep(60)"
+    )
+
+    def interrupted(futures):
+        while not Path("pid").exists() or not Path("pid").read_text().endswith("\n"):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeping, "as_completed", interrupted)
+    config = SweepConfig(datasets=("dtd", "cub"), output=tmp_path / "runs", **OPTIONS)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(Path("pid").read_text()), 0)
+    assert not list(tmp_path.glob("runs/cub/**/log.txt")), "the second one was not started"
