@@ -8,8 +8,13 @@ import torchvision.transforms.functional as F
 from dataset_trees import write_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tcpa.train.data.batches import Batches, gather_crops, local_rows
+from PIL import Image
+from tcpa.train.data import delivery
+from tcpa.train.data.batches import Batches, local_rows
+from tcpa.train.data.cache import resized_size
 from tcpa.train.data.cached import open_cached
+from tcpa.train.data.delivery import Resident
+from tcpa.train.data.gather import Crops, gather_crops, gather_enlarged_crops
 from tcpa.train.data.memory import Memory
 from tcpa.train.data.splits import open_split
 from tcpa.train.data.transform import IMAGENET_MEAN, IMAGENET_STD, Transform
@@ -75,7 +80,7 @@ def test_training_equals_torchvision_on_the_same_crops(root, train, monkeypatch)
     monkeypatch.setattr(Transform, "places", recorded)
     made = batches(train)
     images, _ = flat(made.epoch(3))
-    order = made._plan(3).samples
+    order = made.plan(3).samples
     split = open_split("cub", root, "trainval", protocol="val")
     for image, sample, top, left, flip in zip(images, order, *chosen[0], strict=True):
         picture = F.resize(split.pool.load(int(split.rows[sample])), [RESIZE])
@@ -106,7 +111,8 @@ def test_the_gather_of_devices_equals_slices(height, width, side, seed) -> None:
     top = torch.from_numpy(rng.integers(0, heights - side + 1))
     left = torch.from_numpy(rng.integers(0, widths - side + 1))
     flip = torch.from_numpy(rng.random(4) < 0.5)
-    found = gather_crops(pixels, offsets[rows], heights, widths, top, left, flip, side)
+    sizes = (heights, widths, heights, widths)
+    found = gather_crops(pixels, Crops(offsets[rows], *sizes, top, left, flip), side)
     for n in range(4):
         crop = images[rows[n]][:, top[n] : top[n] + side, left[n] : left[n] + side]
         assert torch.equal(found[n], crop.flip(2) if flip[n] else crop)
@@ -114,10 +120,71 @@ def test_the_gather_of_devices_equals_slices(height, width, side, seed) -> None:
 
 def test_a_resident_set_gives_the_same_batches(train) -> None:
     """The path of accelerators, run on a CPU; only where the bytes lie is another."""
-    ours = batches(train, resident=True)
-    plan = ours._plan(2)
-    resident = torch.cat(list(ours._on_device(plan, 0)))
-    assert torch.equal(resident, flat(batches(train).epoch(2))[0])
+    device = torch.device("cpu")
+    resident = Resident(train.cache, TRAIN, device)
+    images = torch.cat(list(resident.images(batches(train).plan(2), 0)))
+    assert torch.equal(images, flat(batches(train).epoch(2))[0])
+    assert not train.cache.small
+
+
+def test_train_and_val_share_a_resident_set(train) -> None:
+    device = torch.device("meta")
+    first, second = (Resident(train.cache, transform, device) for transform in (TRAIN, TEST))
+    assert first._pixels is second._pixels
+    del first
+    assert (train.cache.folder, device) in delivery._resident
+    del second
+    assert (train.cache.folder, device) not in delivery._resident
+
+
+@pytest.mark.parametrize("name", ["cifar10", "svhn", "gtsrb"])
+def test_small_images_are_kept_small_and_enlarged_as_torchvision_does(name, tmp_path) -> None:
+    root = write_tree(name, tmp_path, classes=3, per_class=6, size=(25, 31))
+    split = open_cached(name, root, "test", resize=80)
+    assert split.cache.small
+    assert split.cache.about["bytes"] < 18 * 3 * 32 * 34
+    transform = Transform(train=False, crop=64)
+    made = batches(split, transform=transform, shuffle=False)
+    images, _ = flat(made.epoch(0))
+    opened = open_split(name, root, "test")
+    compose = T.Compose([T.Resize(80), T.CenterCrop(64), T.ToTensor()])
+    expected = torch.stack([compose(opened.pool.load(int(row))) for row in opened.rows])
+    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    assert torch.equal(images, (expected - mean) / std)
+    for chosen in (transform, Transform(train=True, crop=64)):
+        made = batches(split, transform=chosen)
+        resident = Resident(split.cache, chosen, torch.device("cpu"))
+        gathered = torch.cat(list(resident.images(made.plan(1), 0)))
+        assert torch.equal(gathered, flat(made.epoch(1))[0])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    grow=st.integers(0, 60),
+    black_and_white=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_enlarging_on_a_device_is_pillows(height, width, grow, black_and_white, seed) -> None:
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (height, width, 3), np.uint8)
+    if black_and_white:
+        image = np.where(image < 128, np.uint8(0), np.uint8(255))
+    scaled_width, scaled_height = resized_size(width, height, min(height, width) + grow)
+    expected = np.asarray(
+        Image.fromarray(image).resize((scaled_width, scaled_height), Image.Resampling.BILINEAR)
+    )
+    side = min(scaled_width, scaled_height)
+    top = int(rng.integers(0, scaled_height - side + 1))
+    left = int(rng.integers(0, scaled_width - side + 1))
+    expected = expected[top : top + side, left : left + side].transpose(2, 0, 1)
+    flip = bool(rng.random() < 0.5)
+    numbers = (0, height, width, scaled_height, scaled_width, top, left, flip)
+    pixels = torch.from_numpy(image.transpose(2, 0, 1).copy()).reshape(-1)
+    crops = Crops(*(torch.tensor([n]) for n in numbers))
+    found = gather_enlarged_crops(pixels, crops, side)
+    assert np.array_equal(found[0], expected[:, :, ::-1] if flip else expected)
 
 
 def test_places_cover_all_and_nothing_else() -> None:
@@ -151,8 +218,8 @@ def test_order_depends_on_seed_and_epoch_only(train) -> None:
 def test_an_epoch_shows_every_image_once(train) -> None:
     made = batches(train)
     for epoch in range(3):
-        assert sorted(made._plan(epoch).samples) == list(range(21))
-    order = batches(train, shuffle=False)._plan(5).samples
+        assert sorted(made.plan(epoch).samples) == list(range(21))
+    order = batches(train, shuffle=False).plan(5).samples
     assert order.tolist() == list(range(21))
 
 
@@ -274,6 +341,8 @@ def test_refusals(train) -> None:
         batches(train, batch_size=0)
     with pytest.raises(UsageError, match=r"got batch_size 8, rank 2 of 2, seed 1, expected"):
         batches(train, rank=2, world=2)
+    with pytest.raises(UsageError, match=r"resident: got False on meta, expected True or nothing"):
+        batches(train, device="meta", resident=False)
     with pytest.raises(UsageError, match=r"crop: got 0, expected pixels, 1 or more"):
         Transform(train=True, crop=0)
     with pytest.raises(UsageError, match=r"flip: got 2, expected 0 to 1"):

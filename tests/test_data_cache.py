@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tcpa.train.data import building
 from tcpa.train.data.building import build_cache
-from tcpa.train.data.cache import ABOUT, INDEX, PIXELS, open_cache, resized, resized_size
+from tcpa.train.data.cache import ABOUT, INDEX, PIXELS, open_cache, planes, resized, resized_size
 from tcpa.train.data.cached import default_cache, open_cached
 from tcpa.train.data.pools import FilePool
 from tcpa.train.data.splits import open_split
@@ -50,7 +50,7 @@ def assert_equal(cache, pool, resize: int) -> None:
     assert len(cache) == len(pool)
     for index in range(len(pool)):
         expected = np.asarray(F.resize(pool.load(index), [resize])).transpose(2, 0, 1)
-        assert np.array_equal(cache.image(index).numpy(), expected), pool.name(index)
+        assert np.array_equal(cache.image(index), expected), pool.name(index)
 
 
 @pytest.mark.parametrize("name", HTA_DATASETS)
@@ -336,7 +336,24 @@ def kill_worker(pool) -> None:
 
 def test_resized_keeps_an_image_that_fits() -> None:
     image = Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3))
-    assert np.array_equal(resized(image, 10), np.asarray(image).transpose(2, 0, 1))
+    assert np.array_equal(planes(resized(image, 10)), np.asarray(image).transpose(2, 0, 1))
+
+
+def test_images_are_kept_small_only_when_that_saves_much(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    sizes = [(20, 30), (25, 20), (60, 50)]
+    for number, size in enumerate(sizes):
+        picture(rng, number, size).save(tmp_path / f"{number}.png")
+    small = FilePool(tmp_path, ["0.png", "1.png"])
+    for resize, kept in [(30, False), (39, False), (50, True)]:
+        cache = build_cache(small, tmp_path / "cache", "x", resize=resize)
+        assert cache.small is kept, resize
+        assert_equal(cache, small, resize)
+    # One image that would shrink, and all are resized.
+    mixed = FilePool(tmp_path, ["0.png", "2.png"])
+    cache = build_cache(mixed, tmp_path / "cache", "y", resize=49)
+    assert not cache.small
+    assert_equal(cache, mixed, 49)
 
 
 def test_resize_must_be_positive(pool, tmp_path) -> None:

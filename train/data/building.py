@@ -24,7 +24,9 @@ from .cache import (
     RESIZE,
     Cache,
     hash_range,
+    keep_small,
     open_cache,
+    planes,
     resized,
     resized_size,
 )
@@ -109,9 +111,9 @@ def _build(
     with ThreadPoolExecutor(8) as threads:
         sizes = list(threads.map(pool.size, range(len(pool))))
     scaled = np.array([resized_size(*size, resize) for size in sizes], np.int64)
-    # safetensors writes the memory of an array, whatever its strides.
-    widths, heights = np.ascontiguousarray(scaled.T)
-    ends = np.cumsum(3 * widths * heights)
+    small = keep_small(np.array(sizes), scaled)
+    kept = np.array(sizes, np.int64) if small else scaled
+    ends = np.cumsum(3 * kept.prod(1))
     offsets = np.concatenate([[0], ends[:-1]]).astype(np.int64)
     total = int(ends[-1])
     chunks = [
@@ -120,19 +122,28 @@ def _build(
             stop := min(start + CHUNK, len(pool)),
             int(offsets[start]),
             int(ends[stop - 1] - offsets[start]),
-            fingerprint([str(offsets[start]), *stamps[start:stop], *map(str, scaled[start:stop])]),
+            fingerprint([str(offsets[start]), *stamps[start:stop], *map(str, kept[start:stop])]),
         )
         for start in range(0, len(pool), CHUNK)
     ]
     _reserve(staging / PIXELS, total)
     done = _decoded(staging, chunks)
-    _decode(
-        pool, resize, staging, [c for c in chunks if c.key not in done], done, workers, progress
+    left = [chunk for chunk in chunks if chunk.key not in done]
+    _decode(pool, None if small else resize, staging, left, done, workers, progress)
+    index = save_safetensors(
+        # safetensors writes the memory of an array, whatever its strides.
+        {
+            "offsets": offsets,
+            "widths": kept[:, 0].copy(),
+            "heights": kept[:, 1].copy(),
+            "scaled_widths": scaled[:, 0].copy(),
+            "scaled_heights": scaled[:, 1].copy(),
+        }
     )
-    index = save_safetensors({"offsets": offsets, "heights": heights, "widths": widths})
     about = {
         "format": FORMAT,
         "resize": resize,
+        "small": small,
         "interpolation": "Pillow bilinear, antialiased",
         "layout": "uint8 [3, h, w], image after image",
         "key": key,
@@ -188,7 +199,7 @@ def _decoded(staging: Path, chunks: list[Chunk]) -> dict[str, str]:
 
 def _decode(
     pool: Pool,
-    resize: int,
+    resize: int | None,
     staging: Path,
     chunks: list[Chunk],
     done: dict[str, str],
@@ -226,7 +237,12 @@ def _decode(
 
 
 def _outcomes(
-    pool: Pool, resize: int, path: Path, chunks: list[Chunk], images: int, workers: int | None
+    pool: Pool,
+    resize: int | None,
+    path: Path,
+    chunks: list[Chunk],
+    images: int,
+    workers: int | None,
 ) -> Iterator[tuple[Chunk, Future]]:
     """Decode chunks in processes, or here when one is enough; yield them in order.
 
@@ -279,12 +295,13 @@ def _open_pool(pool: Pool) -> None:
     _pool = pool
 
 
-def _fill(resize: int, path: Path, chunk: Chunk) -> str:
+def _fill(resize: int | None, path: Path, chunk: Chunk) -> str:
     """Decode a chunk into its place and return its checksum."""
     parts = []
     for index in range(chunk.start, chunk.stop):
         picture = _pool.load(index)
-        parts.append(resized(picture, resize).reshape(-1))
+        picture = picture if resize is None else resized(picture, resize)
+        parts.append(planes(picture).reshape(-1))
     data = np.concatenate(parts)
     if data.nbytes != chunk.bytes:
         raise UsageError(
@@ -319,5 +336,5 @@ def sync_folder(folder: Path) -> None:
 
 def describe(cache: Cache) -> dict[str, Any]:
     """Return what a run should record of its cache."""
-    kept = ("format", "resize", "interpolation", "key", "images", "bytes", "index_sha256")
+    kept = ("format", "resize", "small", "interpolation", "key", "images", "bytes", "index_sha256")
     return {name: cache.about[name] for name in kept}

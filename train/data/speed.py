@@ -90,7 +90,8 @@ class _Photos(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         with Image.open(self._paths[index]) as picture:
-            return self._transform(picture.convert("RGB")), index % CLASSES
+            image: Tensor = self._transform(picture.convert("RGB"))  # pyright: ignore[reportAssignmentType]
+        return image, index % CLASSES
 
 
 def measure_input(

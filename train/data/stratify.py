@@ -24,8 +24,8 @@ def held_out(labels: np.ndarray, keys: Sequence[str], share: float, seed: int = 
     members: list[dict[str, list[int]]] = []
     for label in range(int(labels.max()) + 1):
         of_class: dict[str, list[int]] = {}
-        for row in np.flatnonzero(labels == label):
-            of_class.setdefault(keys[row], []).append(int(row))
+        for row in np.flatnonzero(labels == label).tolist():
+            of_class.setdefault(keys[row], []).append(row)
         members.append(of_class)
     sizes = [len(of_class) for of_class in members]
     # The small step down: 0.2 * 50_000 must not become 10_001.
