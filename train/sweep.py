@@ -185,10 +185,11 @@ def _carry_out(jobs: list[Job], devices: list[_Device], console: Console) -> lis
                 done = f"{number + 1}/{len(jobs)} {job.folder}"
                 if reason is None:
                     found = job.result() or {}
-                    console.print(f"{done}: {found.get('accuracy', float('nan')):.2f} %")
+                    accuracy = found.get("accuracy", float("nan"))
+                    console.print(f"{done}: {accuracy:.2f} %", soft_wrap=True)
                 else:
                     failed.append((job, reason))
-                    console.print(f"{done}: failed ({reason})")
+                    console.print(f"{done}: failed ({reason})", soft_wrap=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             running.stop()
@@ -255,8 +256,9 @@ def _run_on_free(job: Job, free: "queue.Queue[_Device]", running: _Running) -> s
 
 
 def _last_line(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else ""
+    """Return the last line with words; a frame around a message has none."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line for line in reversed(lines) if any(map(str.isalnum, line))), "").strip()
 
 
 def _table(results: list[dict[str, Any]]) -> Table:
