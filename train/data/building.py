@@ -30,7 +30,7 @@ from .cache import (
     resized,
     resized_size,
 )
-from .files import disk_errors
+from .files import disk_errors, sync_folder, write_synced
 from .pools import Pool, fingerprint
 
 CHUNK = 256
@@ -155,8 +155,8 @@ def _build(
             for chunk in chunks
         ],
     }
-    _write(staging / INDEX, index)
-    _write(staging / ABOUT, json.dumps(about, indent=1).encode())
+    write_synced(staging / INDEX, index)
+    write_synced(staging / ABOUT, json.dumps(about, indent=1).encode())
     (staging / JOURNAL).unlink()
     os.replace(staging, target)
     sync_folder(target.parent)
@@ -314,24 +314,6 @@ def _fill(resize: int | None, path: Path, chunk: Chunk) -> str:
         stream.flush()
         os.fsync(stream.fileno())
     return hashlib.sha256(data.data).hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last, where the system can."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def describe(cache: Cache) -> dict[str, Any]:

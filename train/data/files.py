@@ -1,7 +1,8 @@
-"""Read the small files that describe a dataset: text, JSON, MATLAB, CIFAR's pickles."""
+"""Files of a dataset: the small ones that describe it are read, others written to last."""
 
 import codecs
 import json
+import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,25 @@ def disk_errors(path: Path, content: str) -> Iterator[None]:
             f"{path}: got an error of the disk ({error.strerror or error}), expected room for "
             f"{content}; make room or choose another folder, what is done is kept"
         ) from None
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last, where the system can."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def require_file(path: Path, expected: str) -> None:
