@@ -1,9 +1,12 @@
 """Small datasets in the real on-disk format of each HTA dataset, with generated images."""
 
+import io
 import json
 import pickle
+import struct
 import uuid
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -211,13 +214,33 @@ def _svhn(root, classes, per_class, size, rng) -> None:
         savemat(folder / f"{part}_32x32.mat", content, do_compression=True)
 
 
+class _Python2Pickler(pickle._Pickler):
+    """Writes text, bytes and arrays as Python 2 did, which made the published files."""
+
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
+
+    def _save_string(self, value: bytes | str) -> None:
+        data = value.encode("latin1") if isinstance(value, str) else value
+        self.write(pickle.BINSTRING + struct.pack("<i", len(data)) + data)
+        self.memoize(value)
+
+    dispatch[bytes] = dispatch[str] = _save_string
+
+
+def _pickled(content: dict) -> bytes:
+    stream = io.BytesIO()
+    _Python2Pickler(stream, protocol=2).dump(content)
+    # numpy's module had another name then.
+    return stream.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+
+
 def _write_cifar(path: Path, rng, labels: list[int], key: str) -> None:
     rows = _small(rng, labels).transpose(0, 3, 1, 2).reshape(len(labels), -1)
     names = [f"image_{number}.png" for number in range(len(labels))]
     content = {"batch_label": path.name, key: labels, "data": rows, "filenames": names}
     if key == "fine_labels":
         content["coarse_labels"] = [label // 5 for label in labels]
-    path.write_bytes(pickle.dumps(content, protocol=2))
+    path.write_bytes(_pickled(content))
 
 
 def _cifar10(root, classes, per_class, size, rng) -> None:
@@ -225,7 +248,7 @@ def _cifar10(root, classes, per_class, size, rng) -> None:
     folder.mkdir(parents=True)
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship"]
     meta = {"num_cases_per_batch": per_class, "label_names": [*names, "truck"][:classes]}
-    (folder / "batches.meta").write_bytes(pickle.dumps({**meta, "num_vis": 3072}, protocol=2))
+    (folder / "batches.meta").write_bytes(_pickled({**meta, "num_vis": 3072}))
     labels = _mixed(rng, classes, per_class)
     for number, part in enumerate(np.array_split(labels, 5), start=1):
         _write_cifar(folder / f"data_batch_{number}", rng, part.tolist(), "labels")
@@ -237,7 +260,7 @@ def _cifar100(root, classes, per_class, size, rng) -> None:
     folder.mkdir(parents=True)
     meta = {"fine_label_names": [f"thing_{n:02d}" for n in range(classes)]}
     meta["coarse_label_names"] = [f"kind_{n}" for n in range(-(-classes // 5))]
-    (folder / "meta").write_bytes(pickle.dumps(meta, protocol=2))
+    (folder / "meta").write_bytes(_pickled(meta))
     for part in ("train", "test"):
         _write_cifar(folder / part, rng, _mixed(rng, classes, per_class), "fine_labels")
 

@@ -255,6 +255,13 @@ def test_images_and_labels_must_be_as_many(tmp_path) -> None:
         read_listing("nabirds", root)
 
 
+def test_trees_have_pickles_of_python_2(tmp_path) -> None:
+    root = write_tree("cifar10", tmp_path)
+    content = (root / "Cifar10/cifar-10-batches-py/data_batch_1").read_bytes()
+    assert b"cnumpy.core.multiarray\n_reconstruct\n" in content
+    assert b"_codecs" not in content
+
+
 class Command:
     """Unpickles as a call of os.system."""
 
