@@ -2,9 +2,14 @@
 
 Usage: tcpa-bench step [--device cpu] [--mode train] [--precision float32] [--provider TEXT ...]
 
-Milliseconds a step are medians with their 20th and 80th percentile; images/s follow from them. Peak
+Milliseconds a step are medians with their 20th and 80th percentile; images/s follow from them. MFU
+is the share of the rate of a large matrix product, measured in the same run, at which the method's
+model FLOPs are computed, HFU that of the FLOPs which a form really computes (`step_costs`). Peak
 memory is that of a process that runs nothing else: resident set with interpreter and weights on a
 CPU, what the allocator held on a GPU.
+
+--ladder goes from the official algorithm to our fastest form, one change after the other; what each
+was thought to bring stands beside what it brought.
 
 Every provider lives in a process of its own; the rounds go through the providers in turn, so that a
 noisy machine disturbs all of them alike. No figure is printed for a provider whose loss and
@@ -18,7 +23,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +33,11 @@ import torch
 from tcpa import HTA_DATASETS, Savings
 
 from ..cli import UsageError, choose_device, command
-from .providers.step import StepCase, StepProvider, providers
+from . import ceilings
+from .hardware import Ceilings
+from .providers.step import INPUT, StepCase, StepProvider, ladder, providers
 from .results import Provenance, Results, Row, make_rows, provenance
+from .step_costs import StepCost, predicted_speed, step_cost
 from .step_worker import Answer, Worker
 from .timing import Quantiles
 
@@ -48,6 +56,16 @@ class StepResult:
     trained: int
     kinds: dict[str, float] = field(default_factory=dict)
     """Seconds by kind of kernel, of one profiled step."""
+    cost: StepCost | None = None
+    """None for a backbone that the cost model does not know."""
+    product_rate: float = math.nan
+    """FLOP/s of a large matrix product in the provider's precision."""
+    predicted: float | None = None
+    """Speed against the first provider, by the cost model and what else was expected."""
+
+    def utilisation(self, flops: float) -> Quantiles:
+        """Return the percentage of `product_rate` at which a step computes so many FLOPs."""
+        return Quantiles.of(self.seconds).rate(flops).scaled(100 / self.product_rate)
 
 
 class WrongResultError(RuntimeError):
@@ -97,6 +115,25 @@ def measure(
     finally:
         for worker in running:
             worker.stop()
+
+
+def with_costs(case: StepCase, results: Sequence[StepResult]) -> list[StepResult]:
+    """Measure the device's ceilings and set every result against them and the cost model."""
+    device = torch.device(case.device)
+    found: dict[str, Ceilings] = {}
+    for precision in dict.fromkeys(result.provider.precision for result in results):
+        dtype = torch.bfloat16 if precision == "autocast" else INPUT[precision]
+        flops, bandwidth = ceilings.measure(device, dtype, seconds=0.5).rates
+        found[precision] = Ceilings(case.device, flops, bandwidth, "measured in this run")
+    return [
+        replace(
+            result,
+            cost=step_cost(case, result.provider),
+            product_rate=found[result.provider.precision].flops,
+            predicted=predicted_speed(case, results[0].provider, result.provider, found),
+        )
+        for result in results
+    ]
 
 
 class Truths:
@@ -223,13 +260,19 @@ def rows_of(case: StepCase, results: Sequence[StepResult], where: Provenance) ->
             ),
             ("error", "relative"): Quantiles.of([result.error]),
         }
+        if result.cost is not None:
+            figures["MFU", "%"] = result.utilisation(result.cost.model_flops)
+            figures["HFU", "%"] = result.utilisation(result.cost.hardware_flops)
+        if result.predicted is not None:
+            predicted = Quantiles.of([result.predicted])
+            figures["predicted speed against the first", "x"] = predicted
         for kind, seconds in result.kinds.items():
             figures[f"time of {kind}", "ms"] = Quantiles.of([seconds * 1e3])
         rows += make_rows(
             figures,
             where,
             command="step",
-            operation=f"step in {case.precision}",
+            operation=f"{case.table} in {case.precision}",
             shape=f"{case.model}-{case.dataset}-b{case.batch}",
             dtype=result.provider.precision,
             mode=case.mode,
@@ -244,24 +287,26 @@ def table(case: StepCase, results: Sequence[StepResult], where: Provenance) -> s
     lines = [
         f"One {case.mode} step, {case.model}, {case.dataset} settings, batch {case.batch}",
         f"{where.device}, torch {where.torch}, {len(results[0].seconds)} rounds, medians (p20-p80)",
-        f"{'provider':<{width}}{'precision':<10}{'ms':>22}{'speed':>8}{'expected':>10}"
-        f"{'images/s':>10}{'peak MiB':>10}{'memory':>8}{'error':>9}",
+        f"{'provider':<{width}}{'precision':<10}{'ms':>22}{'speed':>8}{'predicted':>10}"
+        f"{'images/s':>10}{'MFU %':>7}{'HFU %':>7}{'peak MiB':>10}{'memory':>8}{'error':>9}",
     ]
-    base, before = results[0], None
+    base = results[0]
     for result in results:
         time = Quantiles.of(result.seconds).scaled(1e3)
-        factor = result.provider.expected.get(case.device.partition(":")[0])
-        wanted = "" if factor is None or before is None else f"{before * factor:.2f}x"
+        predicted = "" if result.predicted is None else f"{result.predicted:.2f}x"
         speed = Quantiles.of(base.seconds).p50 * 1e3 / time.p50
-        if result.provider.method == "tcpa":
-            before = speed
+        used = ["", ""]
+        if result.cost is not None:
+            flops = result.cost.model_flops, result.cost.hardware_flops
+            used = [f"{result.utilisation(one).p50:.0f}" for one in flops]
         lines.append(
             f"{result.provider.name:<{width}}{result.provider.precision:<10}"
-            f"{f'{time.p50:.0f} ({time.p20:.0f}-{time.p80:.0f})':>22}{speed:>7.2f}x{wanted:>10}"
-            f"{1e3 * case.batch / time.p50:>10.1f}{result.peak_bytes / 2**20:>10.0f}"
+            f"{f'{time.p50:.0f} ({time.p20:.0f}-{time.p80:.0f})':>22}{speed:>7.2f}x{predicted:>10}"
+            f"{1e3 * case.batch / time.p50:>10.1f}{used[0]:>7}{used[1]:>7}"
+            f"{result.peak_bytes / 2**20:>10.0f}"
             f"{result.peak_bytes / base.peak_bytes:>7.2f}x{result.error:>9.0e}"
         )
-    lines.append("expected: what the change was thought to bring before it was measured")
+    lines.append("predicted: by FLOPs and bytes and what else was expected, before it was measured")
     return "\n".join(lines + kinds_table(results))
 
 
@@ -315,6 +360,7 @@ def main(argv: list[str] | None = None) -> int:
         "--provider", nargs="+", default=[], metavar="TEXT", help="only those with this in the name"
     )
     parser.add_argument("--all", action="store_true", help="compiled forms on a CPU, too")
+    parser.add_argument("--ladder", action="store_true", help="one change after the other")
     parser.add_argument("--kinds", action="store_true", help="also: time by kind of kernel")
     parser.add_argument("--results", type=Path, help="file to append the results to, JSON lines")
     options = parser.parse_args(argv)
@@ -332,10 +378,12 @@ def main(argv: list[str] | None = None) -> int:
         device=str(device),
         threads=options.threads,
         precision=options.precision,
+        table="ladder" if options.ladder else "step",
     )
-    chosen = choose(providers(options.precision, device.type), options.provider)
+    available = (ladder if options.ladder else providers)(options.precision, device.type)
+    chosen = choose(list(available), options.provider)
     if device.type == "cpu" and not options.all and not options.provider:
-        chosen = [p for p in chosen if not p.compiled and not p.folded]
+        chosen = [p for p in chosen if not p.compiled and (options.ladder or not p.folded)]
     results = Results(options.results)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -354,6 +402,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _hand_out(case: StepCase, found: list[StepResult], results: Results, where: Provenance) -> None:
     """Print the table, then write the file; neither keeps the other from being made."""
+    found = with_costs(case, found)
     try:
         print(table(case, found, where), flush=True)
     finally:

@@ -40,7 +40,9 @@ from .matching import Matching, dense_rows, launch_of
 
 
 @triton.jit
-def _load_key_columns(p_keys, i_c, pool, C: tl.constexpr, R: tl.constexpr, SLICES: tl.constexpr):
+def _load_key_columns(
+    p_keys, i_c, pool, C: tl.constexpr, R: tl.constexpr, SLICES: tl.constexpr, MATRIX: tl.constexpr
+):  # fmt: skip
     """Load 32 * SLICES columns of the unit keys, `[SLICES, R, 32]` or `[R, 32]`, columns renamed.
 
     Column 8 t + 2 j + e of a group moves to 8 j + 2 t + e: a product then leaves the eight columns
@@ -50,7 +52,7 @@ def _load_key_columns(p_keys, i_c, pool, C: tl.constexpr, R: tl.constexpr, SLICE
     m_key = (o_r < pool)[:, None] & (o_c < C)[None, :]
     b_key = tl.load(p_keys + o_r[:, None] * C + o_c[None, :], mask=m_key, other=0.0)
     b_key = tl.permute(tl.reshape(b_key, [R, SLICES, 4, 4, 2]), (1, 0, 3, 2, 4))
-    shape: tl.constexpr = [R, 32] if SLICES == 1 else [SLICES, R, 32]
+    shape: tl.constexpr = [R, 32] if MATRIX else [SLICES, R, 32]
     return tl.reshape(b_key, shape)
 
 
@@ -64,11 +66,12 @@ def _selected_keys(
     Without LOW_PART the sum has the eleven digits of float16, which is enough for bfloat16 rows.
     """
     R: tl.constexpr = b_selected.shape[-1]
-    b_high = _load_key_columns(p_keys, i_c, pool, C, R, SLICES)
+    MATRIX: tl.constexpr = not held(HALVES)
+    b_high = _load_key_columns(p_keys, i_c, pool, C, R, SLICES, MATRIX)
     # [SLICES, M, R] @ [SLICES, R, 32] -> [SLICES, M, 32]
     b_sum = tl.dot(b_selected, b_high)
     if LOW_PART:
-        b_low = _load_key_columns(p_keys + num_keys * C, i_c, pool, C, R, SLICES)
+        b_low = _load_key_columns(p_keys + num_keys * C, i_c, pool, C, R, SLICES, MATRIX)
         b_sum = tl.dot(b_selected, b_low, b_sum)
     PAIRS: tl.constexpr = HALVES // 2
     b_sum = tl.reshape(b_sum, [SLICES, PAIRS, 2, 8, 4, 4, 2])
@@ -182,7 +185,7 @@ def match_prompts_dx_kernel(
         )  # fmt: skip
         # [SLICES, M, R] or [M, R]
         b_selected = tl.where(m_selected, 1.0, 0.0).to(tl.float16)
-        if SLICES > 1:
+        if held(HALVES):
             b_selected = tl.broadcast_to(b_selected[None, :, :], [SLICES, BLOCK_M, BLOCK_R])
         b_inverse = tl.load(p_row)
         b_similarity = tl.load(p_row + num_rows)

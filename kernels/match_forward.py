@@ -175,7 +175,7 @@ def match_prompts_fwd_kernel(
     m_store = o_first + tile_rows(HALVES) < batch * count
     moments, affine = (b_mean, b_rstd, b_scale), (p_weight, p_bias)
     keys = (p_key, p_key + num_keys * C)
-    shape: tl.constexpr = [BLOCK_M, BLOCK_R] if SLICES == 1 else [SLICES, BLOCK_M, BLOCK_R]
+    shape: tl.constexpr = [SLICES, BLOCK_M, BLOCK_R] if held(HALVES) else [BLOCK_M, BLOCK_R]
     b_sum = tl.zeros(shape, tl.float32)
     if held(HALVES):
         for i in tl.static_range(len(b_x)):
@@ -200,7 +200,7 @@ def match_prompts_fwd_kernel(
     b_unscale = row_vector(b_unscale)
     o_r = tl.arange(0, BLOCK_R)
     # [M, R] fp32
-    b_similarity = (b_sum if SLICES == 1 else tl.sum(b_sum, 0)) * b_unscale[:, None]
+    b_similarity = (tl.sum(b_sum, 0) if held(HALVES) else b_sum) * b_unscale[:, None]
     first_bit = tl.where(is_cls, 0, cls_pool * cls_length)
     length = tl.where(is_cls, cls_length, image_length)
     m_entry = m_rows[:, None] & (o_r < pool)[None, :]

@@ -143,10 +143,10 @@ def store_tile_columns(
 
 
 @triton.jit
-def fragments(b_tile):
+def fragments(b_tile, MATRIX: tl.constexpr):
     """Turn `[HALVES, SLICES, 8, 4, 8]` into `[SLICES, 8 * HALVES, 32]`, columns renamed.
 
-    One slice is a matrix, `[8 * HALVES, 32]`: wgmma takes no batch.
+    MATRIX leaves out SLICES, which is 1: wgmma takes no batch.
 
     Column 8 t + 4 k + 2 p + e moves to 16 k + 8 p + 2 t + e, where a product of 16 x 8 x 16 wants
     what thread t holds. Both operands are renamed alike, so their product over C does not change.
@@ -155,7 +155,7 @@ def fragments(b_tile):
     SLICES: tl.constexpr = b_tile.shape[1]
     b_tile = tl.reshape(b_tile, [2, HALVES // 2, SLICES, 8, 4, 2, 2, 2])
     b_tile = tl.permute(b_tile, (2, 1, 0, 3, 5, 6, 4, 7))
-    shape: tl.constexpr = [HALVES * 8, 32] if SLICES == 1 else [SLICES, HALVES * 8, 32]
+    shape: tl.constexpr = [HALVES * 8, 32] if MATRIX else [SLICES, HALVES * 8, 32]
     return tl.reshape(b_tile, shape)
 
 
@@ -191,15 +191,16 @@ def add_products(b_sum, b_scaled, b_keys, b_keys_low, EXACT: tl.constexpr):
 
     EXACT says that the tokens are float16 numbers; other tokens are split too.
     """
-    b_keys = _transposed(fragments(b_keys))
-    b_keys_low = _transposed(fragments(b_keys_low))
+    MATRIX: tl.constexpr = len(b_sum.shape) == 2
+    b_keys = _transposed(fragments(b_keys, MATRIX))
+    b_keys_low = _transposed(fragments(b_keys_low, MATRIX))
     b_high, b_low = split_half(b_scaled)
     if not EXACT:
-        b_low = fragments(b_low)
+        b_low = fragments(b_low, MATRIX)
         # [SLICES, M, 32] @ [SLICES, 32, R] -> [SLICES, M, R]; small terms first.
         b_sum = tl.dot(b_low, b_keys_low, b_sum)
         b_sum = tl.dot(b_low, b_keys, b_sum)
-    b_high = fragments(b_high)
+    b_high = fragments(b_high, MATRIX)
     b_sum = tl.dot(b_high, b_keys_low, b_sum)
     return tl.dot(b_high, b_keys, b_sum)
 

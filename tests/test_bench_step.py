@@ -1,8 +1,10 @@
 """Promise: the step benchmark compares equal computations only, and says what it measured."""
 
 import copy
+import itertools
 import math
 import os
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -16,10 +18,12 @@ from tcpa.bench.providers.step import (
     StepProvider,
     build_model,
     fold_norms,
+    ladder,
     providers,
     tcpa_steps,
 )
 from tcpa.bench.results import load, provenance
+from tcpa.bench.shapes import BACKBONES
 from tcpa.bench.step import (
     StepResult,
     StoppedError,
@@ -31,7 +35,9 @@ from tcpa.bench.step import (
     measure,
     rows_of,
     table,
+    with_costs,
 )
+from tcpa.bench.step_costs import backbone_sizes, step_cost
 from tcpa.bench.step_worker import Answer, Worker
 
 from tcpa import Savings
@@ -133,16 +139,68 @@ def test_all_forms_start_from_the_same_trained_values():
             assert torch.equal(value, first[name]), name
 
 
-def test_the_table_gives_medians_ratios_and_expectations():
-    results = [
-        result("official", [0.030, 0.010, 0.020], 200),
-        result("tcpa", [0.010], 50, 1e-6),
-        result("tcpa, faster", [0.005], 50, expected={"cpu": 1.5}),
-    ]
-    printed = table(StepCase(), results, provenance(CPU))
+def test_the_ladder_makes_one_change_at_a_time():
+    for precision in ("float32", "bfloat16"):
+        rungs = list(ladder(precision, "cuda"))
+        assert rungs[0] == providers(precision, "cuda")[0] and rungs[0].savings == Savings.none()
+        for before, rung in itertools.pairwise(rungs):
+            changed = [
+                name
+                for name in ("precision", "savings", "impl", "compiled", "folded", "graph")
+                if getattr(before, name) != getattr(rung, name)
+            ]
+            assert len(changed) == 1, rung.name
+            if changed == ["savings"]:
+                old, new = asdict(before.savings), asdict(rung.savings)
+                assert sum(old[name] != new[name] for name in old) == 1
+        assert rungs[-1].graph and rungs[-1].compiled and rungs[-1].folded
+        assert len({rung.name for rung in rungs}) == len(rungs)
+
+
+def test_model_flops_are_the_methods_and_hardware_flops_the_forms():
+    case = StepCase(batch=2)
+    plain = step_cost(case, StepProvider(name="", savings=Savings.none()))
+    fast = step_cost(case, StepProvider(name=""))
+    assert plain is not None and fast is not None
+    assert plain.model_flops == fast.model_flops < fast.hardware_flops < plain.hardware_flops
+    # ViT-B/16: 86 M weights, 2 FLOPs each and token, forward and backward, beside attention.
+    assert fast.model_flops == pytest.approx(2 * 197 * 2 * 2 * 86e6, rel=0.1)
+    probe = step_cost(case, StepProvider(name="", method="linear"))
+    assert probe is not None and probe.model_flops == pytest.approx(fast.model_flops / 2, rel=0.1)
+    evaluated = step_cost(replace(case, mode="eval"), StepProvider(name=""))
+    assert evaluated is not None and evaluated.model_flops < fast.model_flops * 0.55
+
+
+def test_a_backbone_that_the_cost_model_does_not_know_has_no_utilisation():
+    # Its MLP has a gate, its blocks another number of FLOPs.
+    assert backbone_sizes("eva02_tiny_patch14_224") is None
+    assert backbone_sizes("vit_tiny_patch16_224") == (BACKBONES["ti16"], 196)
+    case = StepCase(model="eva02_tiny_patch14_224")
+    (unknown,) = with_costs(case, [result("official", [0.1], 10)])
+    assert unknown.cost is None and unknown.predicted is None
+    assert "MFU" not in {row.metric for row in rows_of(case, [unknown], provenance(CPU))}
+
+
+def test_the_table_gives_medians_ratios_and_predictions():
+    results = with_costs(
+        SMALL,
+        [
+            result("official", [0.030, 0.010, 0.020], 200, savings=Savings.none()),
+            result("tcpa", [0.010], 50, 1e-6),
+            result("tcpa, faster", [0.005], 50, expected={"cpu": 1.5}),
+        ],
+    )
+    first, ours, faster = (one.predicted for one in results)
+    assert first == 1 < ours and faster == pytest.approx(1.5 * ours)
+    printed = table(SMALL, results, provenance(CPU))
     assert "20 (14-26)" in printed and "1.00x" in printed
     assert "2.00x" in printed and "0.25x" in printed and "1e-06" in printed
-    assert "4.00x" in printed and "3.00x" in printed
+    assert "4.00x" in printed and f"{faster:.2f}x" in printed
+    rows = {(r.provider, r.metric): r.p50 for r in rows_of(SMALL, results, provenance(CPU))}
+    assert rows["tcpa", "MFU"] == pytest.approx(2 * rows["official", "MFU"])
+    rate = 1e-2 * rows["tcpa", "HFU"] * results[1].product_rate
+    assert results[1].cost is not None
+    assert rate == pytest.approx(results[1].cost.hardware_flops / 0.010)
 
 
 def test_rows_hold_ratios_to_the_first():

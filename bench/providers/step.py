@@ -1,7 +1,8 @@
 """What `tcpa-bench step` compares: methods, and ways to compute the same training step.
 
-Every provider is data; `build_model` and `build_step` make its step. The ladder `tcpa_steps` goes
-from our plain form to the fastest one that computes the same, one change a rung.
+Every provider is data; `build_model` and `build_step` make its step. `ladder` goes from the
+official algorithm to the fastest form that computes the same, one change a rung; `tcpa_steps` is
+its end.
 """
 
 from collections.abc import Callable, Iterator
@@ -55,6 +56,9 @@ class StepCase:
     threads: int = 0
     """CPU threads; 0 leaves torch's default."""
 
+    table: str = "step"
+    """"step": methods and forms side by side. "ladder": one change after the other."""
+
     def __post_init__(self) -> None:
         if self.dataset not in HTA_DATASETS:
             raise ValueError(f"dataset: got {self.dataset!r}, expected one of {HTA_DATASETS}")
@@ -78,11 +82,21 @@ class StepProvider:
     graph: bool = False
     """The whole step, optimiser included, replayed as one CUDA graph."""
     expected: dict[str, float] = field(default_factory=dict)
-    """By device type: how many times as fast as the rung before, written down before measuring."""
+    """By device type: what this form was thought to bring beyond what the cost model counts, as a
+    factor, written down before measuring."""
 
 
 _PLAIN = Savings.none()
 _FROZEN = replace(_PLAIN, frozen_backbone=True)
+_SAVINGS = {
+    "frozen_backbone": "frozen",
+    "gate_bits": "selection as bits",
+    "prompt_keys_only": "prompts as keys only",
+    "prompt_kv_once": "prompts projected once",
+    "last_block_head_rows": "head's rows in the last block",
+    "skip_input_gradient": "no gradient of the input",
+}
+"""Field of `Savings` -> what it is called, in the order in which the ladder takes them."""
 
 
 def providers(precision: str, device: str) -> list[StepProvider]:
@@ -117,28 +131,41 @@ def tcpa_steps(precision: str, device: str) -> Iterator[StepProvider]:
     rung = StepProvider(name="tcpa", precision=start)
     yield rung
     if precision == "bfloat16":
-        rung = replace(
-            rung,
-            name="tcpa, bf16 weights",
-            precision="bfloat16",
-            expected={"cpu": 1.1, "cuda": 1.08},
-        )
+        gain = {"cpu": 1.1, "cuda": 1.08}
+        rung = replace(rung, name="tcpa, bf16 weights", precision="bfloat16", expected=gain)
         yield rung
-    folded = replace(
-        rung, name=f"{rung.name}, folded norms", folded=True, expected={"cpu": 1.0, "cuda": 1.01}
-    )
-    yield folded
-    yield replace(
-        rung, name=f"{rung.name}, compiled", compiled=True, expected={"cpu": 1.1, "cuda": 1.1}
-    )
+    stored = rung.name
+    rung = _faster(rung, {"cpu": 1.0, "cuda": 1.01}, name=f"{stored}, folded norms", folded=True)
+    yield rung
+    rung = _faster(rung, {"cpu": 1.1, "cuda": 1.1}, name=f"{stored}, compiled", compiled=True)
+    yield rung
     if device == "cuda":
-        yield replace(
-            rung,
-            name=f"{rung.name}, compiled, graph",
-            compiled=True,
-            graph=True,
-            expected={"cuda": 1.05},
-        )
+        yield _faster(rung, {"cuda": 1.05}, name=f"{stored}, compiled, graph", graph=True)
+
+
+def _faster(before: StepProvider, gain: dict[str, float], **changes: Any) -> StepProvider:
+    """Return a provider with one change more, expected to bring `gain` by device type."""
+    expected = {device: before.expected.get(device, 1.0) * g for device, g in gain.items()}
+    return replace(before, expected=expected, **changes)
+
+
+def ladder(precision: str, device: str) -> Iterator[StepProvider]:
+    """Yield the official algorithm as it stands and then one change after the other.
+
+    First the savings of `Savings`, computed by the reference, then `tcpa_steps`. What a saving
+    should bring is the cost model's business.
+    """
+    official, *rest = providers(precision, device)
+    yield official
+    rung = official
+    if precision == "bfloat16":
+        rung = rest[0]
+        yield rung
+    for saving, name in _SAVINGS.items():
+        savings = replace(rung.savings, **{saving: True})
+        rung = replace(rung, name=f"+ {name}", savings=savings)
+        yield rung
+    yield from tcpa_steps(precision, device)
 
 
 def config_of(case: StepCase, method: str) -> PromptConfig | None:
