@@ -10,6 +10,7 @@ import os
 
 import pytest
 import torch
+import train_zygote
 from safetensors.torch import load_file
 from tcpa.train.engine import distributed
 from tcpa.train.engine.checkpoint import CURRENT
@@ -17,7 +18,6 @@ from tcpa.train.engine.distributed import World
 from tcpa.train.engine.objective import Mixer
 from tcpa.train.engine.settings import resolve
 from train_runs import make_config, make_splits
-from train_zygote import Zygote
 
 from tcpa.cli import UsageError
 
@@ -28,9 +28,7 @@ COMPARED = {"prompt_dropout": 0.0, "random_selection_epochs": 0}
 
 @pytest.fixture(scope="module")
 def train():
-    found = Zygote()
-    yield functools.partial(found.train, **COMPARED)
-    found.stop()
+    return functools.partial(train_zygote.shared().train, **COMPARED)
 
 
 def end_of(output):

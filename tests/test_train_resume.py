@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_zygote
 from safetensors import safe_open
 from tcpa.train.engine.checkpoint import CURRENT
-from train_zygote import Zygote
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked and killed")
 
@@ -35,9 +35,7 @@ KILLS = [
 
 @pytest.fixture(scope="module")
 def train():
-    found = Zygote()
-    yield functools.partial(found.train, **OPTIONS)
-    found.stop()
+    return functools.partial(train_zygote.shared().train, **OPTIONS)
 
 
 TIMES = ("seconds", "images_per_second")

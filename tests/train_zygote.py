@@ -18,7 +18,9 @@ The answer is a list of exit statuses, one per process: -9 after a kill, 3 after
 goes to OUTPUT/error.txt.
 """
 
+import atexit
 import errno
+import functools
 import json
 import os
 import random
@@ -202,6 +204,14 @@ class Zygote:
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
+
+
+@functools.cache
+def shared() -> Zygote:
+    """Return the one of this test process; it takes seconds to start."""
+    found = Zygote()
+    atexit.register(found.stop)
+    return found
 
 
 def free_port() -> int:
