@@ -2,8 +2,10 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -162,6 +164,33 @@ def test_options_that_change_no_result_may_differ(tmp_path):
     finished_run(tmp_path)
     config = make_config(tmp_path, log_steps=7, checkpoint_seconds=3.0, tensorboard=True)
     run(config, make_splits())
+
+
+def test_other_weights_or_images_are_refused_on_the_way(tmp_path):
+    torch.manual_seed(1)
+    for name in ("one", "other"):
+        state = timm.create_model("test_vit", img_size=32, num_classes=0).state_dict()
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / "w.safetensors")
+
+    def start(weights, key="a"):
+        splits = replace(make_splits(), record={"train": {"images": 22, "cache": {"key": key}}})
+        path = str(tmp_path / weights / "w.safetensors")
+        return run(make_config(tmp_path / "runs", weights=path), splits)
+
+    start("one")
+    (result,) = tmp_path.glob("runs/*/*/*/result.json")
+    result.unlink()
+    for arguments, message in (
+        (("other",), "backbone: got"),
+        (("one", "b"), "data.train.key: got b, expected a"),
+    ):
+        with pytest.raises(UsageError, match=f"{message}.*restore those weights and images"):
+            start(*arguments)
+    # The same file in another place is the same.
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "one" / "w.safetensors").rename(tmp_path / "moved" / "w.safetensors")
+    start("moved")
 
 
 def test_differences_are_named_by_path():

@@ -24,7 +24,7 @@ from .engine.journal import Journal
 from .engine.loop import Loop
 from .engine.model import BuiltModel, build_model
 from .engine.progress import Display
-from .engine.record import ENVIRONMENT, describe_environment
+from .engine.record import ENVIRONMENT, describe_environment, require_same_inputs
 from .engine.result import Result, finish, read_result
 from .engine.settings import describe, resolve, run_folder
 from .recipes import Recipe
@@ -102,7 +102,11 @@ def _train(
 
 
 def _record_start(folder: Path, world: World, built: BuiltModel, splits: Splits, step: int) -> None:
-    """Append with what this start computes to the environment record."""
+    """Append with what this start computes to the environment record.
+
+    Raises:
+        UsageError: weights or images are not those with which the run began.
+    """
     path = folder / ENVIRONMENT
     starts = read_json(path) or []
     found = describe_environment(world) | {
@@ -113,6 +117,8 @@ def _record_start(folder: Path, world: World, built: BuiltModel, splits: Splits,
         "backbone": built.backbone.to_json(),
         "data": dict(splits.record),
     }
+    if starts:
+        require_same_inputs(starts[0], found, folder)
     write_json(path, [*starts, found])
 
 

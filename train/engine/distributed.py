@@ -62,7 +62,10 @@ def join(device: str) -> Iterator[World]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
-        yield World(choose_device(device))
+        chosen = choose_device(device)
+        if chosen.index is not None and chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        yield World(chosen)
         return
     rank, chosen = int(os.environ["RANK"]), _local_device(device)
     if chosen.type == "cuda":

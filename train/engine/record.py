@@ -11,7 +11,9 @@ import torch
 
 import tcpa
 
+from ...cli import UsageError
 from .distributed import World
+from .folder import differences
 
 ENVIRONMENT = "environment.json"
 PACKAGES = ("torch", "timm", "triton", "torchvision", "numpy", "safetensors")
@@ -29,6 +31,33 @@ def describe_environment(world: World) -> dict[str, Any]:
         "processes": world.size,
         "threads": torch.get_num_threads(),
     }
+
+
+def require_same_inputs(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Raise UsageError unless weights and images are those with which a run began.
+
+    Args:
+        before, now: entries of the environment record.
+        folder: of the run.
+    """
+    changed = differences(_inputs(before), _inputs(now))
+    if changed:
+        name, old, new = changed[0]
+        raise UsageError(
+            f"{name}: got {new}, expected {old}, as when the run in {folder} began; restore those "
+            "weights and images, or choose another --output"
+        )
+
+
+def _inputs(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return what tells weights and images apart; how a cache lays them out does not matter."""
+    data = {
+        name: {key: value for key, value in split.items() if key != "cache"}
+        | {"key": split.get("cache", {}).get("key")}
+        for name, split in entry["data"].items()
+        if isinstance(split, dict)
+    }
+    return {"backbone": entry["backbone"]["fingerprint"], "data": data}
 
 
 def versions() -> dict[str, str]:

@@ -107,8 +107,11 @@ def describe(config: RunConfig, settings: Recipe) -> dict[str, Any]:
     Two runs with equal descriptions compute the same; a run folder goes on only with the same one.
     """
     mean, std = config.normalization
+    options = {name: getattr(config, name) for name in DECISIVE}
+    # A file may move; its content is compared where it is loaded.
+    options["weights"] = Path(config.weights).name
     return {
         "recipe": dataclasses.asdict(settings),
-        "options": {name: getattr(config, name) for name in DECISIVE},
+        "options": options,
         "normalization": {"mean": list(mean), "std": list(std)},
     }
