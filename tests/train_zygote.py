@@ -37,7 +37,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tcpa.train.engine import files, journal
+from tcpa.train import files
+from tcpa.train.engine import journal
 from tcpa.train.run import run
 from train_runs import make_config, make_splits
 

@@ -17,7 +17,6 @@ import torch
 from .config import RunConfig
 from .engine.datasets import load_splits
 from .engine.distributed import World, join
-from .engine.files import read_json, write_json
 from .engine.folder import RESULT, claim
 from .engine.inputs import Splits
 from .engine.journal import Journal
@@ -27,6 +26,7 @@ from .engine.progress import Display
 from .engine.record import ENVIRONMENT, describe_environment, require_same_inputs
 from .engine.result import Result, finish, read_result
 from .engine.settings import describe, resolve, run_folder
+from .files import read_json, write_json
 from .recipes import Recipe
 
 PIPELINE_BATCHES = 10

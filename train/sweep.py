@@ -25,9 +25,9 @@ import tcpa
 
 from ..cli import UsageError, choose_device
 from .config import RunConfig, SweepConfig, TrainOptions
-from .engine.files import read_json
 from .engine.folder import CONFIG, RESULT, differences
 from .engine.settings import describe, resolve, run_folder
+from .files import read_json
 from .recipes import Recipe
 
 PROGRAM = (sys.executable, "-m", "tcpa.train", "run")

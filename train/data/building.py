@@ -16,6 +16,7 @@ from filelock import FileLock
 from safetensors.numpy import save as save_safetensors
 
 from ...cli import UsageError
+from ..files import disk_errors, sync_folder, write_synced
 from .cache import (
     ABOUT,
     FORMAT,
@@ -30,7 +31,6 @@ from .cache import (
     resized,
     resized_size,
 )
-from .files import disk_errors, sync_folder, write_synced
 from .pools import Pool, fingerprint
 
 CHUNK = 256

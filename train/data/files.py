@@ -1,11 +1,8 @@
-"""Files of a dataset: the small ones that describe it are read, others written to last."""
+"""Files that describe a dataset: text, JSON, MATLAB, pickled arrays; nothing in them is run."""
 
 import codecs
 import json
-import os
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,45 +16,6 @@ ADVICE = "run `tcpa-train data prepare` for this dataset, or unpack its archive 
 def unusable(path: Path, got: str, expected: str, advice: str = ADVICE) -> UsageError:
     """Return the one error for a file of a dataset that is not as it should be."""
     return UsageError(f"{path}: got {got}, expected {expected}; {advice}")
-
-
-@contextmanager
-def disk_errors(path: Path, content: str) -> Iterator[None]:
-    """Tell of a full or read-only disk in one line.
-
-    Args:
-        path: what was being written.
-        content: what it was to hold.
-    """
-    try:
-        yield
-    except BrokenPipeError:
-        # The reader of the progress is gone.
-        raise
-    except OSError as error:
-        raise UsageError(
-            f"{path}: got an error of the disk ({error.strerror or error}), expected room for "
-            f"{content}; make room or choose another folder, what is done is kept"
-        ) from None
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last, where the system can."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def require_file(path: Path, expected: str) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from ...cli import UsageError
+from ..files import disk_errors
 from . import download
-from .files import disk_errors
 from .registry import HTA, Dataset, Source
 from .splits import FOLDER
 from .unpack import is_archive, unpack

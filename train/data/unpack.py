@@ -14,7 +14,7 @@ from stat import S_IFDIR, S_IFMT, S_IFREG
 from typing import IO, NamedTuple, cast
 
 from ...cli import UsageError
-from .files import disk_errors
+from ..files import disk_errors
 
 MAX_FILES = 1_000_000
 MAX_BYTES = 60 * 10**9

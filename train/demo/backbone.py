@@ -7,6 +7,8 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..precision import fast_dtype
+
 IMAGE_SIZE = 32
 """Height and width of the input, pixels."""
 
@@ -62,19 +64,6 @@ def normalise(images: Tensor) -> Tensor:
     """Map images `[B, 1, H, W]` with values in [0, 1] to the range [-1, 1] of the pretraining."""
     (mean,), (std,) = NORMALIZATION
     return (images - mean) / std
-
-
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 where the device multiplies it natively, float32 elsewhere.
-
-    A CPU without such instructions emulates bfloat16 and would be slower than in float32.
-    """
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        native = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-    return torch.bfloat16 if native else torch.float32
 
 
 def autocast(device: torch.device) -> torch.autocast:

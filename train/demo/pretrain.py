@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...cli import require_writable
-from .backbone import autocast, build_backbone, fast_dtype, normalise, save_backbone
+from ..precision import fast_dtype
+from .backbone import autocast, build_backbone, normalise, save_backbone
 from .config import PretrainConfig
 from .generate import FAMILIES, NUM_CLASSES, generate
 

@@ -17,7 +17,8 @@ import torch
 import tcpa
 
 from ...cli import choose_device
-from .backbone import autocast, fast_dtype, load_backbone, normalise
+from ..precision import fast_dtype
+from .backbone import autocast, load_backbone, normalise
 from .config import DemoConfig
 from .engine import BATCH_SIZE, Epoch, Split, predict, seconds_per_epoch
 from .figures import draw_curves, draw_selection

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...cli import UsageError
-from .files import cannot_write, read_json, write_json
+from ..files import cannot_write, read_json, write_json
 
 try:
     import fcntl

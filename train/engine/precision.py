@@ -7,7 +7,7 @@ import torch
 
 from ...cli import require
 from ..config import Precision
-from ..demo.backbone import fast_dtype
+from ..precision import fast_dtype
 from .distributed import World
 
 

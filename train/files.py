@@ -1,12 +1,13 @@
-"""Files that are never half there: written beside their place, flushed to disk, moved into it."""
+"""Files that last: written beside their place, flushed to disk, moved into it; full disks told."""
 
-import contextlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ...cli import UsageError
+from ..cli import UsageError
 
 
 def write_whole(path: Path, data: bytes, *, keep: Path | None = None) -> None:
@@ -22,18 +23,23 @@ def write_whole(path: Path, data: bytes, *, keep: Path | None = None) -> None:
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(temporary, data)
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             temporary.unlink()
         raise cannot_write(path, error) from None
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -76,3 +82,23 @@ def cannot_write(path: Path, error: OSError) -> UsageError:
         "room or choose another --output, then run the same command again: it goes on from the "
         "last checkpoint"
     )
+
+
+@contextmanager
+def disk_errors(path: Path, content: str) -> Iterator[None]:
+    """Tell of a full or read-only disk in one line.
+
+    Args:
+        path: what was being written.
+        content: what it was to hold.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        # The reader of the progress is gone.
+        raise
+    except OSError as error:
+        raise UsageError(
+            f"{path}: got an error of the disk ({error.strerror or error}), expected room for "
+            f"{content}; make room or choose another folder, what is done is kept"
+        ) from None
