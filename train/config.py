@@ -12,7 +12,7 @@ try:
     from tyro.conf import Positional
 except ModuleNotFoundError:
     # The command line says which extra is missing.
-    Positional = None  # type: ignore[assignment]
+    Positional = None  # pyright: ignore[reportAssignmentType]
 
 MAX_SEED = 2**63 - 1
 """The largest seed that torch takes."""
@@ -205,6 +205,20 @@ class RecipesConfig:
 
     csv: bool = False
     """Print every cell as comma-separated values."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    """Compare runs with the published table: one HTML page, Markdown and CSV."""
+
+    folders: Annotated[tuple[Path, ...], Positional] = (Path("runs"),)
+    """Folders of runs, or folders that hold some at any depth."""
+
+    output: Path = Path("report")
+    """Folder for report.html, report.md, table1.csv and times.csv; earlier ones are replaced."""
+
+    def __post_init__(self) -> None:
+        _require_different("DIR", self.folders)
 
 
 def parse_normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -21,6 +21,14 @@ def write_whole(path: Path, data: bytes, *, keep: Path | None = None) -> None:
     Raises:
         UsageError: the disk is full, or the folder cannot be written.
     """
+    try:
+        replace_file(path, data, keep=keep)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def replace_file(path: Path, data: bytes, *, keep: Path | None = None) -> None:
+    """Do what `write_whole` does; raises OSError."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         write_synced(temporary, data)
@@ -28,10 +36,10 @@ def write_whole(path: Path, data: bytes, *, keep: Path | None = None) -> None:
             os.replace(path, keep)
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
+    except OSError:
         with suppress(OSError):
             temporary.unlink()
-        raise cannot_write(path, error) from None
+        raise
 
 
 def write_synced(path: Path, data: bytes) -> None:
