@@ -9,6 +9,7 @@ takes. With fewer photos than CUB has, seconds are scaled up to its 5,394 traini
 images.
 
 Methods are interleaved: every method runs its part of an epoch in turn, as often as --rounds says.
+The pipeline alone is measured once for all methods, the model alone once for all sources.
 """
 
 import argparse
@@ -71,31 +72,45 @@ def measure(
         workers: processes that read files.
 
     Yields:
-        One rate per source, mode and method.
+        One rate per mode, source and method.
     """
     device = torch.device(case.device)
     runners = {provider.name: Runner(case, provider) for provider in chosen}
-    for (source, images), mode in itertools.product(data.items(), ("train", "eval")):
+    alone: dict[tuple[str, str], list[float]] = {}
+    for mode, (source, images) in itertools.product(("train", "eval"), data.items()):
 
         def epoch(source: str = source, images: Any = images, mode: str = mode) -> Iterator[Batch]:
             options = {"batch": case.batch, "workers": workers, "train": mode == "train"}
             return batches(source, images, device, **options)
 
         first = next(iter(epoch()))
-        found: dict[str, Rate] = {
-            p.name: Rate(p.name, p.precision, source, mode, [], [], []) for p in chosen
-        }
-        for runner in runners.values():
-            runner.use(mode)
-            runner.run(*first)
+        if (mode, chosen[0].name) not in alone:
+            # Where its images come from is nothing to the model.
+            alone |= _rates_alone(runners, mode, first, rounds)
+        together: dict[str, list[float]] = {name: [] for name in runners}
+        pipeline = []
         for _ in range(rounds):
+            pipeline.append(images_per_second(epoch(), None, device))
             for name, runner in runners.items():
                 runner.use(mode)
-                rate = found[name]
-                rate.together.append(images_per_second(epoch(), runner.run, device))
-                rate.pipeline.append(images_per_second(epoch(), None, device))
-                rate.model.append(images_per_second([first] * 2, runner.run, device))
-        yield from found.values()
+                together[name].append(images_per_second(epoch(), runner.run, device))
+        for p in chosen:
+            rates = together[p.name], pipeline, alone[mode, p.name]
+            yield Rate(p.name, p.precision, source, mode, *rates)
+
+
+def _rates_alone(
+    runners: dict[str, "Runner"], mode: str, batch: Batch, rounds: int
+) -> dict[tuple[str, str], list[float]]:
+    """Return the rates of the methods with a batch that is there already; warms all of them up."""
+    rates: dict[tuple[str, str], list[float]] = {(mode, name): [] for name in runners}
+    for turn in range(rounds + 1):
+        for name, runner in runners.items():
+            runner.use(mode)
+            rate = images_per_second([batch], runner.run, batch[0].device)
+            if turn > 0:
+                rates[mode, name].append(rate)
+    return rates
 
 
 def images_per_second(

@@ -179,20 +179,30 @@ def _weight_and_bias(attn: ModuleLike, part: int) -> tuple[Tensor, Tensor | None
     return attn.qkv.weight[rows], None if bias is None else bias[rows]
 
 
-def _heads(attn: ModuleLike, flat: Tensor) -> Tensor:
+def key_value_parameters(attn: ModuleLike) -> tuple[Tensor, Tensor]:
+    """Return weight `[2 H D, C]` and bias `[2 H D]`, zeros for none, of keys and values."""
+    weights, biases = zip(*(_weight_and_bias(attn, part) for part in (1, 2)), strict=True)
+    biases = [
+        weight.new_zeros(weight.shape[0]) if bias is None else bias
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+    return torch.cat(weights), torch.cat(biases)
+
+
+def split_heads(attn: ModuleLike, flat: Tensor) -> Tensor:
     """`[..., L, H * D]` -> `[..., L, H, D]`, a view."""
     return flat.unflatten(-1, (attn.num_heads, -1))
 
 
 def project_queries(attn: ModuleLike, normed: Tensor) -> Tensor:
     """Project normed tokens `[..., L, C]` to queries `[..., L, H, D]`."""
-    return attn.q_norm(_heads(attn, F.linear(normed, *_weight_and_bias(attn, 0))))
+    return attn.q_norm(split_heads(attn, F.linear(normed, *_weight_and_bias(attn, 0))))
 
 
 def project_keys_values(attn: ModuleLike, normed: Tensor) -> tuple[Tensor, Tensor]:
     """Project normed tokens or prompts `[..., L, C]` to keys and values `[..., L, H, D]`."""
-    keys = _heads(attn, F.linear(normed, *_weight_and_bias(attn, 1)))
-    values = _heads(attn, F.linear(normed, *_weight_and_bias(attn, 2)))
+    keys = split_heads(attn, F.linear(normed, *_weight_and_bias(attn, 1)))
+    values = split_heads(attn, F.linear(normed, *_weight_and_bias(attn, 2)))
     return attn.k_norm(keys), values
 
 

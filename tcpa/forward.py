@@ -7,7 +7,6 @@ positions were added before.
 Axes: B batch, L tokens, P prompt rows, S = L + P keys, H heads, D head dim, C width.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
@@ -18,14 +17,8 @@ from . import blocks
 from .config import Savings
 from .dispatch import Impl
 from .ops import gated_attention
+from .prompt_kv import PromptKV, prompt_keys_values
 from .reference import NormalizeOver, unpack_gate
-
-
-class PromptKV(NamedTuple):
-    """Keys and values of one block's prompts, each `[P, H, D]` or `[B, P, H, D]`."""
-
-    keys: Tensor
-    values: Tensor
 
 
 class Projections(NamedTuple):
@@ -48,54 +41,6 @@ class BlockSettings:
     normalize_over: NormalizeOver = "all"
     impl: Impl = "auto"
     savings: Savings = field(default_factory=Savings)
-
-
-def prompt_keys_values(
-    block: blocks.ModuleLike, prompts: Tensor, value_affine: nn.Module | None
-) -> PromptKV:
-    """Project raw prompts `[P, C]` or `[B, P, C]` to the keys and values of a block."""
-    normed = block.norm1(prompts.to(block.norm1.weight.dtype))
-    keys, values = blocks.project_keys_values(block.attn, normed)
-    return PromptKV(keys, values if value_affine is None else value_affine(values))
-
-
-class PromptKVCache:
-    """Keys and values of all prompts, kept while the parameters behind them do not change."""
-
-    def __init__(self) -> None:
-        self._state: object = None
-        self._kv: list[PromptKV] = []
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._state, self._kv = None, []
-
-    def get(
-        self, sources: Sequence[nn.Module | None], compute: Callable[[], list[PromptKV]]
-    ) -> list[PromptKV]:
-        """Return the kept keys and values, computing them if a parameter of `sources` changed.
-
-        Changes are seen by torch's version counters, which edits through `.data` do not touch; the
-        model clears the cache when it is moved, converted or switched to training or evaluation.
-        """
-        state = self._identify([p for m in sources if m is not None for p in m.parameters()])
-        if state is None:
-            return compute()
-        if state != self._state:
-            self._state, self._kv = state, compute()
-        return self._kv
-
-    @staticmethod
-    def _identify(parameters: list[nn.Parameter]) -> object:
-        # Parameters made under inference_mode have no version counter: nothing can be kept.
-        if any(p.is_inference() for p in parameters):
-            return None
-        device = parameters[0].device.type
-        enabled = torch.is_autocast_enabled(device)
-        precision = torch.get_autocast_dtype(device) if enabled else None
-        # Tensors made in inference mode must not be used outside it.
-        mode = torch.is_inference_mode_enabled()
-        return (mode, precision, [(id(p), p.data_ptr(), p.dtype, p._version) for p in parameters])
 
 
 def run_block(

@@ -21,15 +21,9 @@ from . import blocks
 from .checks import require, require_bool, require_int, require_shape, require_tensor
 from .config import PromptConfig, Savings, TCPAConfig, VPTConfig
 from .dispatch import Impl, autocast_dtype, choose_impl
-from .forward import (
-    BlockSettings,
-    PromptKV,
-    PromptKVCache,
-    prompt_keys_values,
-    run_block,
-    run_block_on_tokens,
-)
+from .forward import BlockSettings, run_block, run_block_on_tokens
 from .ops import match_prompts, norm_match
+from .prompt_kv import ParameterCache, PromptKV, StackedProjections, prompt_keys_values
 from .prompts import PromptPools, TokenPrompts, ValueAffine, make_image_prompt
 from .reference import random_gate, role_gate
 
@@ -93,9 +87,11 @@ class PromptedViT(nn.Module):
         self.impl: Impl = impl
         self.normalization = normalization
         self.epoch = 0
+        self._random_selection = self._random_epochs > 0
         self._knows_epoch = False
         self._recompute = False
-        self._kv_cache = PromptKVCache()
+        self._kv_cache = ParameterCache[list[PromptKV]]()
+        self._stack_cache = ParameterCache[StackedProjections | None]()
         self._build_prompts()
         self._freeze()
         self.train()
@@ -152,11 +148,13 @@ class PromptedViT(nn.Module):
         super().train(mode)
         self.backbone.eval()
         self._kv_cache.clear()
+        self._stack_cache.clear()
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moves and conversions replace values without touching version counters.
         self._kv_cache.clear()
+        self._stack_cache.clear()
         return super()._apply(fn, recurse)
 
     def set_epoch(self, epoch: int) -> None:
@@ -167,6 +165,15 @@ class PromptedViT(nn.Module):
         """
         require_int("epoch", epoch, 0, MAX_EPOCH)
         self.epoch, self._knows_epoch = epoch, True
+        # A compiled model depends on this, and not on the number, which would compile every epoch.
+        self._random_selection = epoch < self._random_epochs
+
+    @property
+    def _random_epochs(self) -> int:
+        config = self.config
+        if not isinstance(config, TCPAConfig) or config.coordination != "token":
+            return 0
+        return config.random_selection_epochs
 
     def get_extra_state(self) -> Tensor:
         """Return the epoch, int64, for `state_dict()`: a resumed run selects as it would have."""
@@ -341,15 +348,12 @@ class PromptedViT(nn.Module):
                 f"hooks on {', '.join(hooked)} would not be called: tcpa calls the layers of a "
                 "block one by one; put them on a block's norm2, mlp or attn.proj, or remove them"
             )
-        config, random_epochs = self.config, 0
-        if isinstance(config, TCPAConfig) and config.coordination == "token":
-            random_epochs = config.random_selection_epochs
-        if self.training and random_epochs and not self._knows_epoch:
+        if self.training and self._random_epochs and not self._knows_epoch:
             self._knows_epoch = True
             _log.warning(
                 "training without set_epoch: every step selects its prompts at random; call "
                 "model.set_epoch(epoch) at the start of each epoch (random until epoch %d)",
-                random_epochs,
+                self._random_epochs,
             )
 
     def _block(
@@ -413,7 +417,7 @@ class PromptedViT(nn.Module):
             gate = role_gate(x.shape[1], num_pool=num_pool, device=x.device, **layout)
             return gate, None, None
         gate = None
-        if self.training and self.epoch < config.random_selection_epochs:
+        if self.training and self._random_selection:
             top_k = (config.cls_top_k, config.image_top_k)
             drawn = {"num_pool": num_pool, "top_k": top_k, "device": x.device}
             gate = random_gate(x.shape[0], x.shape[1], **drawn, **layout)
@@ -451,13 +455,22 @@ class PromptedViT(nn.Module):
         if self._is_shallow or not outside:
             return source(batch_size), None
 
+        layers = self.backbone.blocks
+        sources = [module for block in layers for module in (block.norm1, block.attn)]
+
+        compiling = torch.compiler.is_compiling()
+        repeated = self.training or torch.is_grad_enabled()
+
         def compute() -> list[PromptKV]:
-            pairs = zip(self.backbone.blocks, source(batch_size), strict=True)
+            prompts, stacked = source(batch_size), None
+            # A compiler has no use for what is kept from call to call.
+            if repeated and prompts.ndim == 3 and not compiling:
+                stacked = self._stack_cache.get(sources, lambda: StackedProjections.of(layers))
+            if stacked is not None:
+                return stacked.project(layers, prompts, self.value_affine)
+            pairs = zip(layers, prompts, strict=True)
             return [prompt_keys_values(block, rows, self.value_affine) for block, rows in pairs]
 
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if repeated or compiling:
             return None, compute()
-        sources = [source, self.value_affine]
-        for block in self.backbone.blocks:
-            sources += [block.norm1, block.attn]
-        return None, self._kv_cache.get(sources, compute)
+        return None, self._kv_cache.get([source, self.value_affine, *sources], compute)

@@ -230,7 +230,9 @@ def random_gate(
         raise TypeError(f"generator: got {got}, expected a torch.Generator; make one, or pass None")
 
     def draw(tokens: int, pool: int, k: int) -> Tensor:
-        noise = torch.rand(batch_size, tokens, pool, device=device, generator=generator)
+        # torch.compile takes no generator where shapes are dynamic, not even None.
+        source = {} if generator is None else {"generator": generator}
+        noise = torch.rand(batch_size, tokens, pool, device=device, **source)
         return select_entries(noise, k)
 
     prefix = draw(num_prefix_tokens, num_pool[0], top_k[0])

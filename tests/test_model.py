@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from models import ARCHITECTURES
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import tcpa
 from tcpa import Savings, TCPAConfig, VPTConfig, unpack_gate, wrap
@@ -264,6 +265,28 @@ def step_of(compiled, model, images):
     (F.cross_entropy(logits, labels) + 0.1 * distance).backward()
     grads = {n: p.grad for n, p in model.trainable_named_parameters().items()}
     return logits.detach(), distance.detach(), grads
+
+
+def test_a_new_epoch_is_compiled_only_when_selection_is_no_longer_random():
+    torch._dynamo.reset()
+    model = wrap(TINY.create(), dataclasses.replace(TCPA, random_selection_epochs=3)).train()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    frames = []
+    for epoch in range(6):
+        model.set_epoch(epoch)
+        compiled(TINY.images())
+        frames.append(counter.frame_count)
+    assert frames == [1, 1, 1, 2, 2, 2]
+
+
+def test_random_selection_compiles_with_dynamic_shapes():
+    torch._dynamo.reset()
+    model = wrap(TINY.create(), dataclasses.replace(TCPA, random_selection_epochs=3)).train()
+    model.set_epoch(0)
+    compiled = torch.compile(model, backend="eager", dynamic=True, fullgraph=True)
+    for batch in (2, 3):
+        assert compiled(TINY.images()[:1].expand(batch, -1, -1, -1)).shape[0] == batch
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from models import ARCHITECTURES
 
 from tcpa import Savings, TCPAConfig, VPTConfig, wrap
+from tcpa.prompt_kv import StackedProjections
 
 NAMES = [field.name for field in dataclasses.fields(Savings)]
 TCPA = TCPAConfig(
@@ -114,8 +115,8 @@ def test_prompt_keys_are_kept_until_a_parameter_changes():
     images = ARCHITECTURES["vit-tiny"].images()
     with torch.no_grad():
         first = model(images)
-        kept = model._kv_cache._kv
-        assert torch.equal(model(images), first) and model._kv_cache._kv is kept
+        kept = model._kv_cache._kept
+        assert torch.equal(model(images), first) and model._kv_cache._kept is kept
         model.pools.image_prompts.mul_(-1)
         second = model(images)
         assert not torch.equal(second, first)
@@ -131,3 +132,32 @@ def test_prompt_keys_are_kept_until_a_parameter_changes():
     outside = model(images.double())
     outside.sum().backward()
     torch.testing.assert_close(outside, inside.clone())
+
+
+def test_one_product_projects_the_prompts_of_all_blocks_and_follows_the_weights(monkeypatch):
+    architecture = ARCHITECTURES["vit-tiny"]
+    model = wrap(architecture.create(torch.float64), TCPA).double().train()
+    images = architecture.images(dtype=torch.float64)
+    block = model.backbone.blocks[1]
+    for change in (lambda: None, lambda: block.attn.qkv.weight.mul_(1.5), block.norm1.bias.zero_):
+        with torch.no_grad():
+            change()
+        model.zero_grad()
+        model(images).sum().backward()
+        stack = model._stack_cache._kept
+        assert stack is not None and stack.weight.shape[0] == len(model.backbone.blocks)
+        ours = {name: p.grad for name, p in model.trainable_named_parameters().items()}
+        model.zero_grad()
+        with monkeypatch.context() as patch:
+            patch.setattr(StackedProjections, "of", lambda layers: None)
+            model._stack_cache.clear()
+            model(images).sum().backward()
+        model._stack_cache.clear()
+        for name, p in model.trainable_named_parameters().items():
+            grad = ours[name]
+            assert (grad is None) == (p.grad is None)
+            if grad is not None:
+                torch.testing.assert_close(grad, p.grad, rtol=1e-12, atol=1e-12)
+    block.attn.qkv.weight.requires_grad_()
+    model(images).sum().backward()
+    assert model._stack_cache._kept is None and block.attn.qkv.weight.grad is not None
