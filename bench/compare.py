@@ -102,7 +102,8 @@ def describe(change: Change) -> list[str]:
 @command("tcpa-bench compare")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="tcpa-bench compare", description=__doc__.split("\n")[0])
+    summary = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="tcpa-bench compare", description=summary)
     parser.add_argument("old", type=Path, help="results file")
     parser.add_argument("new", type=Path, help="results file")
     parser.add_argument("--threshold", type=float, default=100 * THRESHOLD, help="percent")

@@ -9,6 +9,7 @@ golden      the outputs of the official code, through the kernels
 ops         the operations at the promised shape
 step        training and evaluation step
 tune        launches of the kernels
+ladder      the step from the official algorithm to the fastest form, one change after the other
 epoch       seconds per epoch
 more ops    the other shapes
 
@@ -70,6 +71,9 @@ def stages(device: str, *, rehearse: bool) -> list[Stage]:
         verify = ("-m", "tcpa.verify", *golden[-1:])
         tune = ("--dry-run",)
     step = (*bench, "step", *on, *half)
+    ladder = (*step, "--ladder")
+    if rehearse:
+        ladder = (*bench, "step", *on, *SMALL, "--ladder", "--provider", "frozen")
     return [
         Stage("tests", tests, keeps_results=False),
         Stage("golden", verify, keeps_results=False),
@@ -77,6 +81,7 @@ def stages(device: str, *, rehearse: bool) -> list[Stage]:
         Stage("step", (*step, "--kinds") if not rehearse else step),
         Stage("evaluation", (*step, "--mode", "eval")),
         Stage("tune", (*bench, "tune", *tune), keeps_results=False),
+        Stage("ladder", ladder),
         Stage("epoch", (*bench, "epoch", *on, *epoch)),
         Stage("more ops", (*bench, "ops", *on, *(ops if rehearse else ()))),
     ]
@@ -117,7 +122,8 @@ def run(stage: Stage, results: Path, seconds: float) -> int | None:
 @command("tcpa-bench gpu")
 def main(argv: list[str] | None = None) -> int:
     """Run the stages; exit status 0 when all of them ended well, 1 otherwise."""
-    parser = argparse.ArgumentParser(prog="tcpa-bench gpu", description=__doc__.split("\n")[0])
+    summary = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="tcpa-bench gpu", description=summary)
     default = Path("gpu_results.jsonl")
     text = "file to append the results to (gpu_results.jsonl)"
     parser.add_argument("--results", type=Path, default=default, help=text)

@@ -60,7 +60,9 @@ def time_by_kind(step: Callable[[], Any], device: torch.device) -> dict[str, flo
         step()
         if gpu:
             torch.cuda.synchronize(device)
-    return add_up(profiler.events(), gpu)
+    events = profiler.events()
+    assert events is not None, "the profiler has run"
+    return add_up(events, gpu)
 
 
 def add_up(events: Iterable[Any], gpu: bool) -> dict[str, float]:

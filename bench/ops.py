@@ -425,7 +425,8 @@ def listing(operations: Sequence[Operation], shapes: Sequence[Shape], race: Race
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="tcpa-bench ops", description=__doc__.split("\n")[0])
+    summary = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="tcpa-bench ops", description=summary)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     parser.add_argument("--operation", nargs="+", default=list(OPERATIONS), choices=OPERATIONS)
     parser.add_argument("--shape", nargs="+", help="names such as b16-224-p36-b128")

@@ -60,7 +60,9 @@ def profile_step(step: Callable[[], Any], device: torch.device, output: Path) ->
     if gpu:
         torch.cuda.memory._dump_snapshot(str(output / "memory.pickle"))
         torch.cuda.memory._record_memory_history(enabled=None)
-    kinds = add_up(profiler.events(), gpu)
+    events = profiler.events()
+    assert events is not None, "the profiler has run"
+    kinds = add_up(events, gpu)
     order = "self_cuda_time_total" if gpu else "self_cpu_time_total"
     averages = profiler.key_averages(group_by_input_shape=True)
     (output / "operators.txt").write_text(
@@ -101,7 +103,8 @@ def choose_one(available: list[StepProvider], name: str) -> StepProvider:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     default = StepCase()
-    parser = argparse.ArgumentParser(prog="tcpa-bench profile", description=__doc__.split("\n")[0])
+    summary = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="tcpa-bench profile", description=summary)
     parser.add_argument("--provider", default="tcpa", help="as `tcpa-bench step` names it")
     parser.add_argument("--model", default=default.model, help="timm name of the backbone")
     parser.add_argument("--batch", type=int, default=default.batch, help="images a step")

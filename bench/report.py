@@ -78,7 +78,8 @@ def write(directory: Path, text: str, drawings: "Sequence[Drawing]") -> None:
 @command("tcpa-bench report")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="tcpa-bench report", description=__doc__.split("\n")[0])
+    summary = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="tcpa-bench report", description=summary)
     parser.add_argument("results", type=Path, nargs="+", help="results files, oldest first")
     parser.add_argument("--output", type=Path, help="folder for index.html and the figures")
     parser.add_argument(

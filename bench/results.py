@@ -152,7 +152,16 @@ def make_rows(
         fields: the other fields of the rows, the same for all.
     """
     return [
-        Row(metric=metric, unit=unit, provenance=where, **asdict(quantiles), **fields)
+        Row(
+            metric=metric,
+            unit=unit,
+            p20=quantiles.p20,
+            p50=quantiles.p50,
+            p80=quantiles.p80,
+            samples=quantiles.samples,
+            provenance=where,
+            **fields,
+        )
         for (metric, unit), quantiles in metrics.items()
     ]
 

@@ -55,7 +55,8 @@ VALUES = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tcpa-bench roofline", description=__doc__.split("\n")[0])
+    summary = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="tcpa-bench roofline", description=summary)
     parser.add_argument("--method", choices=FORMS, default="tcpa")
     parser.add_argument("--backbone", choices=BACKBONES, default="b16")
     parser.add_argument("--image", type=int, default=224, help="height and width, pixels")

@@ -9,7 +9,7 @@ lanes share in full.
 import re
 import subprocess
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +150,7 @@ def pipe_cycles(
         ValueError: the machine code has another number of loops than `trips`.
     """
     loops = count_iterations(code, trips)
-    cycles: Counter[str] = Counter()
+    cycles: defaultdict[str, float] = defaultdict(float)
     for instruction in code.instructions:
         weight = float(num_warps)
         for start, end, iterations in loops:
@@ -203,7 +203,7 @@ def _occupies(instruction: Instruction, processor: Processor) -> dict[str, float
 
 def _occupies_hgmma(instruction: Instruction, processor: Processor) -> dict[str, float]:
     """A warp-group product: four warps issue it together, so each bears a quarter."""
-    m, n, k = (int(size) for size in re.search(r"(\d+)x(\d+)x(\d+)", instruction.opcode).groups())
+    m, n, k = map(int, re.findall(r"(\d+)x(\d+)x(\d+)", instruction.opcode)[0])
     a_in_shared = re.match(r"R\d+, gdesc", instruction.operands) is not None
     operand_bytes = 2 * k * (n + m * a_in_shared)
     return {"tensor": m * n * k / processor.tensor / 4, "shared": operand_bytes / 128 / 4}

@@ -345,7 +345,8 @@ def choose(available: Sequence[StepProvider], texts: Sequence[str]) -> list[Step
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     default = StepCase()
-    parser = argparse.ArgumentParser(prog="tcpa-bench step", description=__doc__.split("\n")[0])
+    summary = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="tcpa-bench step", description=summary)
     parser.add_argument("--model", default=default.model, help="timm name of the backbone")
     parser.add_argument("--dataset", default=default.dataset, choices=HTA_DATASETS)
     parser.add_argument("--batch", type=int, default=default.batch, help="images a step")

@@ -109,11 +109,8 @@ def predicted_speed(
         provider: the one in question; its own `expected` factor comes on top.
         ceilings: what the device attains, by precision.
     """
-    costs = step_cost(case, first), step_cost(case, provider)
-    if costs[0] is None or costs[1] is None:
+    base, own = step_cost(case, first), step_cost(case, provider)
+    if base is None or own is None:
         return None
-    base, own = (
-        cost.seconds(ceilings[one.precision])
-        for cost, one in zip(costs, (first, provider), strict=True)
-    )
-    return base / own * provider.expected.get(case.device.partition(":")[0], 1.0)
+    speed = base.seconds(ceilings[first.precision]) / own.seconds(ceilings[provider.precision])
+    return speed * provider.expected.get(case.device.partition(":")[0], 1.0)

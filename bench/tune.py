@@ -355,7 +355,8 @@ def _list(rows: Sequence[Target], architecture: str) -> None:
 @command("tcpa-bench tune")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="tcpa-bench tune", description=__doc__.split("\n")[0])
+    summary = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="tcpa-bench tune", description=summary)
     parser.add_argument("--operation", nargs="+", choices=OPERATIONS, default=OPERATIONS)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--bucket", nargs="+", choices=BUCKETS, default=BUCKETS)

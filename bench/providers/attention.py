@@ -84,7 +84,8 @@ def _prepare_ungated(back_end: SDPBackend | None, case: AttentionCase, training:
 
     def forward() -> Outputs:
         with nullcontext() if back_end is None else sdpa_kernel(back_end):
-            out = F.scaled_dot_product_attention(*heads(q, k, v), scale=case.scale)
+            query, key, value = heads(q, k, v)
+            out = F.scaled_dot_product_attention(query, key, value, scale=case.scale)
         return (rows(out),)
 
     return Prepared(
@@ -95,7 +96,7 @@ def _prepare_ungated(back_end: SDPBackend | None, case: AttentionCase, training:
 def _prepare_ours(impl: Any, gated: bool, case: AttentionCase, training: bool) -> Prepared:
     gate = case.gate if gated else None
     return prepared(
-        case, training, lambda *tensors: gated_attention(*tensors, gate, impl=impl).flatten(2)
+        case, training, lambda *tensors: gated_attention(*tensors, gate=gate, impl=impl).flatten(2)
     )
 
 

@@ -97,7 +97,7 @@ class AttentionCase:
     def _reference(self, dtype: torch.dtype, gated: bool) -> Tensors:
         leaves = tuple(t.detach().to(dtype).requires_grad_() for t in self.tensors)
         gate = self.gate if gated else None
-        out = gated_attention_reference(*leaves, gate).flatten(2)
+        out = gated_attention_reference(*leaves, gate=gate).flatten(2)
         grads = torch.autograd.grad(out, leaves, self.upstream.to(dtype))
         return self.read((out.detach(),), grads)
 

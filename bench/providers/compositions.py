@@ -21,6 +21,7 @@ from .base import Outputs, Prepared, compiled
 
 def _flex_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     out, aux = flex_attention(q, k, v, scale=scale, return_aux=AuxRequest(lse=True))
+    assert aux.lse is not None, "it was asked for"
     return out, aux.lse
 
 

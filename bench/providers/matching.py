@@ -91,7 +91,7 @@ class MatchCase:
 
     def read(self, outputs: Outputs, grads: Outputs) -> Tensors:
         """Name (normed), distance, gate and gradients."""
-        found = dict(zip(("distance", "gate"), outputs[-2:], strict=True))
+        found: Tensors = dict(zip(("distance", "gate"), outputs[-2:], strict=True))
         if self.norm:
             found["normed"] = outputs[0]
         return found | (dict(zip(self.names, grads, strict=True)) if grads else {})
@@ -205,8 +205,9 @@ def _prepare_official(
 ) -> Prepared:
     vit, top_k = case.shape.vit, case.shape.top_k
 
-    def function(*tensors: Tensor) -> Outputs:
-        return *case.layer_norm(tensors[0]), *_official(*tensors, vit.prefix, top_k, vit.heads)
+    def function(x: Tensor, cls_keys: Tensor, image_keys: Tensor) -> Outputs:
+        found = _official(x, cls_keys, image_keys, vit.prefix, top_k, vit.heads)
+        return *case.layer_norm(x), *found
 
     def read(outputs: Outputs, grads: Outputs) -> Tensors:
         *others, mask = outputs

@@ -102,7 +102,7 @@ def table(rows: Sequence[Row], title: str = "") -> Table:
     cells, compared = [], False
     order = distinct(rows, "operation")
     for key, group in sorted(lines.items(), key=lambda line: order.index(line[0][1])):
-        named = dict(zip(LINES, key, strict=True))
+        named: dict[str, str] = dict(zip(LINES, key, strict=True))
         cells.append([named[name] for name in varying])
         if "provider" in varying and is_floor(named["provider"]):
             cells[-1][-1] += " (another function)"

@@ -148,7 +148,7 @@ def _roofline(points: list[tuple[Row, float, float]], ceilings: Ceilings, dtype:
         axes.annotate(operation, place, ha="center", va="top", **offset)
     axes.set_ylim(bottom=min(y for _, _, y in points) / 3)
     axes.grid()
-    dots = {"marker": "o", "linestyle": ""}
+    dots: dict[str, Any] = {"marker": "o", "linestyle": ""}
     handles = [Line2D([], [], color=c, label=p, **dots) for p, c in colours.items()]
     for mode in distinct(rows, "mode"):
         handles.append(Line2D([], [], color=INK, **{**dots, "marker": MARKERS[mode]}, label=mode))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,7 +18,8 @@ from .data import is_floor, slug
 INK = "#1b1b1f"
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#9d755d", "#72b7b2", "#eeca3b", "#8a9a5b")
 OURS, FLOOR, OFFICIAL = "#d62728", "#9a9aa2", "#6b6b75"
-STYLE = {
+# Any, because only newer releases of matplotlib have a type for the names of settings.
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "svg.fonttype": "none",

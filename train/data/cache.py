@@ -52,7 +52,9 @@ def planes(picture: Image.Image) -> np.ndarray:
 
 def resized(picture: Image.Image, resize: int) -> Image.Image:
     """Scale the shorter side to `resize` with torchvision's Resize."""
-    return transforms.resize(picture, [resize], InterpolationMode.BILINEAR)  # pyright: ignore
+    # torchvision declares tensors only.
+    scale: Any = transforms.resize
+    return scale(picture, [resize], InterpolationMode.BILINEAR)
 
 
 def keep_small(sizes: np.ndarray, scaled: np.ndarray) -> bool:

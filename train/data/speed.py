@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,8 @@ class _Photos(Dataset):
 
     def __init__(self, paths: list[Path]) -> None:
         self._paths = paths
-        self._transform = transforms.Compose(
+        # torchvision declares that the image stays one; the list ends in tensors.
+        self._transform: Any = transforms.Compose(
             [
                 transforms.Resize(RESIZE),
                 transforms.RandomCrop(224),
@@ -90,8 +92,7 @@ class _Photos(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         with Image.open(self._paths[index]) as picture:
-            image: Tensor = self._transform(picture.convert("RGB"))  # pyright: ignore[reportAssignmentType]
-        return image, index % CLASSES
+            return self._transform(picture.convert("RGB")), index % CLASSES
 
 
 def measure_input(

@@ -1,6 +1,7 @@
 """The demo's Vision Transformer: its architecture, its shipped weights and its precision."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -38,7 +39,9 @@ def build_backbone(num_classes: int = 0) -> VisionTransformer:
     for block in vit.blocks:
         # With 65 tokens the written-out attention trains twice as fast on a CPU in bfloat16:
         # the fused one spends 43 % of a step in its backward.
-        block.attn.fused_attn = False
+        # torch declares every attribute of a module as a tensor or module.
+        attention: Any = block.attn
+        attention.fused_attn = False
     return vit
 
 

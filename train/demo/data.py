@@ -1,5 +1,7 @@
 """scikit-learn's handwritten digits as images for the demo's ViT."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +23,8 @@ def load_digits() -> tuple[Tensor, Tensor]:
     """
     from sklearn.datasets import load_digits as load
 
-    bunch = load()
+    # A Bunch, where scikit-learn declares the tuple of `return_X_y` too.
+    bunch: Any = load()
     small = 1 - torch.from_numpy(bunch.images).float()[:, None] / 16
     images = F.interpolate(small, size=IMAGE_SIZE, mode="bilinear", align_corners=False)
     return normalise(images), torch.from_numpy(bunch.target).long()

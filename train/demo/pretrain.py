@@ -7,6 +7,7 @@ that ship with the package were made with the defaults below.
 """
 
 import json
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -88,6 +89,7 @@ def pretrain(config: PretrainConfig) -> Path:
     vit = build_backbone(NUM_CLASSES)
     steps_per_epoch = -(-len(images) // config.batch_size)
     optimizer, schedule = make_optimizer(vit, config, config.epochs * steps_per_epoch)
+    held = math.nan
     for epoch in range(1, config.epochs + 1):
         vit.train()
         total = torch.zeros(())

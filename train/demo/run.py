@@ -96,6 +96,7 @@ def _draw_selection(folder: Path, split: Split, device: torch.device) -> None:
     shown = torch.stack([(split.test_labels == digit).nonzero()[0, 0] for digit in range(0, 10, 2)])
     images, labels = split.test_images[shown], split.test_labels[shown]
     named = predict(model, images)
+    assert isinstance(model.config, tcpa.TCPAConfig)
     prefix, rows = model.backbone.num_prefix_tokens, model.config.cls_rows
     with autocast(device):
         selection = model.selection(images)
@@ -112,7 +113,11 @@ def _summarise(name: str, tasks: list[Task], outcomes: list[Outcome], records: l
     """Gather the table's row of a method; accuracies in the order of the seeds."""
     own = [record for record in records if record.method == name]
     last = max(record.epoch for record in own)
-    final = {record.seed: record.test_accuracy for record in own if record.epoch == last}
+    final = {
+        record.seed: record.test_accuracy
+        for record in own
+        if record.epoch == last and record.test_accuracy is not None
+    }
     seeds = [task.seed for task in tasks if task.method.name == name]
     outcome = next(o for o, task in zip(outcomes, tasks, strict=True) if task.method.name == name)
     implementation, reason = outcome.implementation
