@@ -3,14 +3,24 @@
 A command is a configuration (its fields are the options) and a function that takes it.
 """
 
+import difflib
 import importlib
 import sys
-from typing import Annotated, Any, Union
+import textwrap
+from typing import Any
 
 from ..cli import UsageError, command
+from .config import RecipesConfig, ReportConfig, RunConfig, SweepConfig
+from .data.commands import PrepareConfig, VerifyConfig
 from .demo.config import DemoConfig, PretrainConfig, TuneConfig
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
+    "run": (RunConfig, ".run", "run"),
+    "sweep": (SweepConfig, ".sweep", "sweep"),
+    "report": (ReportConfig, ".report.command", "report"),
+    "recipes": (RecipesConfig, ".recipes", "print_recipes"),
+    "data prepare": (PrepareConfig, ".data.commands", "run_prepare"),
+    "data verify": (VerifyConfig, ".data.commands", "run_verify"),
     "demo": (DemoConfig, ".demo.run", "run_demo"),
     "tune-demo": (TuneConfig, ".demo.tune", "tune"),
     "pretrain-demo": (PretrainConfig, ".demo.pretrain", "pretrain"),
@@ -19,32 +29,61 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
 
 The module is imported only when its command runs."""
 
-EXTRAS = {"tyro": "train", "rich": "train", "sklearn": "plot", "matplotlib": "plot"}
+GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
+"""First words of commands that have two."""
+
+EXTRAS = {
+    **dict.fromkeys(("tyro", "rich", "filelock", "scipy", "tensorboard", "PIL"), "train"),
+    **dict.fromkeys(("torchvision", "huggingface_hub"), "train"),
+    **dict.fromkeys(("sklearn", "matplotlib"), "plot"),
+}
 """Optional package -> the extra of tcpa that installs it."""
 
 
-def parse(arguments: list[str] | None) -> tuple[str, Any]:
-    """Return the command's name and its configuration; leaves with status 2 on bad syntax."""
+def usage(group: str = "") -> str:
+    """Return the help on all commands, or on those of a group such as `data`."""
+    lines = [f"usage: tcpa-train {f'{group} '.lstrip()}COMMAND [options]", "", "commands:"]
+    for name, (config, _, _) in COMMANDS.items():
+        if name.startswith(f"{group} ".lstrip()):
+            text = (config.__doc__ or "").partition("\n")[0]
+            lines += textwrap.wrap(text, 100, initial_indent=f"  {name:<14} ",
+                                   subsequent_indent=" " * 17)  # fmt: skip
+    return "\n".join([*lines, "", "tcpa-train COMMAND --help explains its options."])
+
+
+def parse(words: list[str]) -> tuple[str, Any]:
+    """Return the command's name and its configuration; leaves with status 2 on bad options.
+
+    Raises:
+        UsageError: there is no such command.
+    """
     import tyro
 
-    options = tuple(
-        Annotated[config, tyro.conf.subcommand(name)] for name, (config, _, _) in COMMANDS.items()
-    )
+    name = " ".join(words[:2]) if words[0] in GROUPS else words[0]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        group = words[0] if words[0] in GROUPS else ""
+        raise UsageError(f"unknown command {name!r}{hint}\n\n{usage(group)}")
     config = tyro.cli(
-        Union[options],  # noqa: UP007 - the members are known only at run time
-        prog="tcpa-train",
-        description="Train and compare prompts on frozen Vision Transformers.",
-        args=arguments,
+        COMMANDS[name][0],
+        prog=f"tcpa-train {name}",
+        args=words[len(name.split()) :],
+        config=(tyro.conf.PositionalMetavarFromFieldName,),
     )
-    name = next(name for name, (kind, _, _) in COMMANDS.items() if type(config) is kind)
     return name, config
 
 
 @command("tcpa-train")
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit status (2: the request cannot be met)."""
+    words = sys.argv[1:] if arguments is None else arguments
+    asked = words[1:] if words and words[0] in GROUPS else words
+    if not asked or asked[0] in ("-h", "--help"):
+        print(usage("" if asked is words else words[0]))
+        return 0 if asked else 2
     try:
-        name, config = parse(arguments)
+        name, config = parse(words)
         _, module, function = COMMANDS[name]
         getattr(importlib.import_module(module, __package__), function)(config)
     except ModuleNotFoundError as error:

@@ -218,7 +218,7 @@ class ReportConfig:
     """Folder for report.html, report.md, table1.csv and times.csv; earlier ones are replaced."""
 
     def __post_init__(self) -> None:
-        _require_different("DIR", self.folders)
+        _require_different("FOLDERS", self.folders)
 
 
 def parse_normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

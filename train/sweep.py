@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import tcpa
 
@@ -29,6 +28,8 @@ from .engine.folder import CONFIG, RESULT, differences
 from .engine.settings import describe, resolve, run_folder
 from .files import read_json
 from .recipes import Recipe
+from .report.command import print_runs
+from .report.runs import read_runs
 
 PROGRAM = (sys.executable, "-m", "tcpa.train", "run")
 """Command of one run."""
@@ -127,7 +128,8 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
     )
     failed = _carry_out(left, devices, console)
     results = [found for job in jobs if (found := job.result()) is not None]
-    console.print(_table(results))
+    done = [job.folder for job in jobs if job.folder.exists()]
+    print_runs(*read_runs(done), console)
     if failed:
         first, reason = failed[0]
         raise UsageError(
@@ -259,22 +261,3 @@ def _last_line(path: Path) -> str:
     """Return the last line with words; a frame around a message has none."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return next((line for line in reversed(lines) if any(map(str.isalnum, line))), "").strip()
-
-
-def _table(results: list[dict[str, Any]]) -> Table:
-    grid = Table(title="Finished runs")
-    for name in ("dataset", "method", "protocol"):
-        grid.add_column(name)
-    for name in ("seed", "accuracy, %", "epoch", "s / epoch"):
-        grid.add_column(name, justify="right")
-    for found in results:
-        grid.add_row(
-            found["dataset"],
-            found["method"],
-            found["protocol"],
-            str(found["seed"]),
-            f"{found['accuracy']:.2f}",
-            str(found["epoch"]),
-            f"{found['seconds_per_epoch']:.2f}",
-        )
-    return grid

@@ -1,19 +1,22 @@
 """`tcpa-train data prepare` and `tcpa-train data verify`. Imports nothing heavy."""
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from ...cli import UsageError
+from ..config import Positional
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareConfig:
     """Fetch a dataset, check it and unpack it; what is there already is not fetched again."""
 
-    name: str
+    name: Annotated[str, Positional]
     """dtd, cub, nabirds, stanford_dogs, flower102, food101, cifar100, cifar10, gtsrb or svhn."""
 
     data: Path = Path("data")
@@ -31,7 +34,7 @@ class PrepareConfig:
 class VerifyConfig:
     """Count a dataset's images per split and class, compare with the registry, decode each."""
 
-    name: str
+    name: Annotated[str, Positional]
     """Name of the dataset, as for prepare; or folder, for a folder of your own."""
 
     data: Path = Path("data")
@@ -57,7 +60,8 @@ def run_prepare(config: PrepareConfig) -> None:
             offline=config.offline,
             progress=lambda done, total: show(done, total),
         )
-    print(f"{config.name} is in {config.data}; to check it: tcpa-train data verify {config.name}")
+    check = shlex.join(["tcpa-train", "data", "verify", config.name, "--data", str(config.data)])
+    print(f"{config.name} is in {config.data}; to check it: {check}")
 
 
 def run_verify(config: VerifyConfig) -> None:
@@ -74,10 +78,12 @@ def run_verify(config: VerifyConfig) -> None:
         print(f"{config.name} {protocol:8} {split:5} {count:7,} images")
     if found.problems:
         listed = "\n  ".join(found.problems)
+        again = shlex.join(
+            ["tcpa-train", "data", "prepare", config.name, "--data", f"{config.data}"]
+        )
         raise UsageError(
             f"{config.data}: got {config.name} with {len(found.problems)} differences, expected "
-            "the published dataset; remove what differs and run `tcpa-train data prepare "
-            f"{config.name}`:\n  {listed}"
+            f"the published dataset; remove what differs and run `{again}`:\n  {listed}"
         )
     print(f"{config.name}: all is as it should be")
 

@@ -73,10 +73,7 @@ class Trainer:
     def begin(self, epoch: int) -> None:
         """Switch the model to training, with the selection of an epoch, from 0."""
         self.model.train()
-        # A compiled model is compiled anew for every value of its epoch, of which only the side of
-        # the border matters.
-        border = getattr(self.model.config, "random_selection_epochs", 0)
-        self.model.set_epoch(0 if epoch < border else border)
+        self.model.set_epoch(epoch)
 
     def step(self, batch: Any, epoch: int, index: int, step: int) -> None:
         """Train on a batch.

@@ -101,14 +101,14 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Problem]]:
     for folder in folders:
         if not folder.is_dir():
             raise UsageError(
-                f"DIR: got {folder}, expected a folder of runs; give the --output of "
+                f"FOLDERS: got {folder}, expected a folder of runs; give the --output of "
                 "`tcpa-train run` or `sweep`"
             )
         for path in _find(folder):
             found.setdefault(path.resolve(), path)
     if not found:
         raise UsageError(
-            f"DIR: got {', '.join(map(str, folders))} without any run, expected folders with "
+            f"FOLDERS: got {', '.join(map(str, folders))} without any run, expected folders with "
             f"{CONFIG} and {METRICS} at some depth; give the --output of `tcpa-train run` or "
             "`sweep`"
         )
@@ -256,9 +256,8 @@ def _check_result(run: Run, result: dict[str, Any]) -> None:
     chosen_on = CHOOSES_ON[run.protocol]
     if chosen_on is not None:
         # Of equal epochs the first one, as in the engine.
-        best, _ = max(
-            run.points("evaluation", "accuracy", split=chosen_on), key=lambda point: point[1]
-        )
+        points = run.points("evaluation", "accuracy", split=chosen_on)
+        best, _ = max(points, key=lambda point: point[1], default=(None, 0.0))
         if best != epoch:
             raise _Damaged(
                 f"{RESULT} says that epoch {epoch} is the best on {chosen_on}, {METRICS} says "

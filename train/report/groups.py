@@ -1,0 +1,221 @@
+"""Runs that may share a mean: equal in everything that decides a result, apart from the seed."""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ...cli import UsageError
+from ..engine.folder import differences
+from ..recipes import SCRIPTS, recipe
+from .paper import published
+from .runs import Problem, Run
+
+LABELS = tuple(script.label for script in SCRIPTS.values())
+"""Columns of the paper's Table 1."""
+
+COMPLETE, PARTIAL, OWN = "complete", "INCOMPLETE", "own"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What a line of the table has in common, over datasets and seeds."""
+
+    method: str
+    protocol: str
+    backbone: str
+    weights: str
+    normalize: str
+    precision: str
+    evaluation: str
+    """Precision of the evaluation."""
+    data: str
+    """Whether the images are those of the published dataset."""
+    changes: str
+    """Options given in place of the recipe's values; "" for the recipe."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Finished runs of one setting on one dataset, one for each seed."""
+
+    setting: Setting
+    label: str
+    """Column of Table 1, or the name of a dataset of the user's own."""
+    runs: tuple[Run, ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Test accuracies, percent."""
+        return [run.result["accuracy"] for run in self.runs if run.result]
+
+    @property
+    def mean(self) -> float:
+        """Mean test accuracy, percent."""
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the seeds (n - 1), points; None for one seed."""
+        return statistics.stdev(self.accuracies) if len(self.runs) > 1 else None
+
+    @property
+    def paper(self) -> float | None:
+        """Published accuracy, percent."""
+        return published(self.setting.method, self.label)
+
+    @property
+    def delta(self) -> float | None:
+        """Our mean minus the published value, points; None where they are of other images."""
+        comparable = self.setting.data == COMPLETE and self.paper is not None
+        return self.mean - self.paper if comparable and self.paper is not None else None
+
+
+def average(groups: Sequence[Group]) -> float | None:
+    """Return the mean over the ten datasets, percent; None unless each is there just once."""
+    if sorted(group.label for group in groups) != sorted(LABELS):
+        return None
+    return statistics.fmean(group.mean for group in groups)
+
+
+def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[Problem]]:
+    """Put finished runs together.
+
+    Returns:
+        Groups by setting and then in the order of Table 1, and runs that repeat a seed of their
+        group and are therefore left out.
+    """
+    found: dict[Any, dict[int, Run]] = {}
+    problems = []
+    for run in runs:
+        if run.result is None:
+            continue
+        seeds = found.setdefault((setting_of(run), run.recipe["label"], _identity(run)), {})
+        first = seeds.setdefault(run.seed, run)
+        if first is not run:
+            text = f"left out: repeats seed {run.seed} of {first.folder}"
+            problems.append(Problem(run.folder, text))
+    groups = [
+        Group(setting=setting, label=label, runs=tuple(seeds.values()), remarks=_remarks(seeds))
+        for (setting, label, _), seeds in found.items()
+    ]
+    order = {setting: place for place, setting in enumerate(_in_order(groups))}
+    places = {label: place for place, label in enumerate(LABELS)}
+    groups.sort(key=lambda g: (order[g.setting], places.get(g.label, len(places)), g.label))
+    return groups, problems
+
+
+def _in_order(groups: Iterable[Group]) -> list[Setting]:
+    return sorted({group.setting for group in groups}, key=lambda s: tuple(asdict(s).values()))
+
+
+def by_setting(groups: Iterable[Group]) -> dict[Setting, list[Group]]:
+    """Return the groups of each setting."""
+    found: dict[Setting, list[Group]] = {}
+    for group in groups:
+        found.setdefault(group.setting, []).append(group)
+    return found
+
+
+def setting_of(run: Run) -> Setting:
+    """Return the setting of a run that has begun."""
+    options, start = run.options, run.starts[0]
+    backbone = start["backbone"]
+    weights = str(backbone.get("weights"))
+    if weights != "none":
+        # Random weights differ from seed to seed, as the seed decides them.
+        weights += f" ({str(backbone.get('fingerprint'))[:8]})"
+    return Setting(
+        method=run.method,
+        protocol=run.protocol,
+        backbone=str(backbone.get("name")),
+        weights=weights,
+        normalize=str(options.get("normalize")),
+        precision=start["precision"],
+        evaluation=start["eval_precision"],
+        data=_completeness(run),
+        changes=", ".join(_changes(run)),
+    )
+
+
+def names_of(settings: Sequence[Setting]) -> dict[Setting, str]:
+    """Return short names: the method, and whatever else differs between the settings."""
+    varying = [
+        field.name
+        for field in fields(Setting)
+        if field.name != "method" and len({getattr(s, field.name) for s in settings}) > 1
+    ]
+    return {
+        setting: ", ".join(
+            [setting.method, *(_said(name, getattr(setting, name)) for name in varying)]
+        )
+        for setting in settings
+    }
+
+
+def _said(name: str, value: str) -> str:
+    if name == "data":
+        return f"{value} data"
+    if name == "changes":
+        return value or "recipe"
+    return f"evaluated in {value}" if name == "evaluation" else value
+
+
+def _splits(run: Run) -> dict[str, dict[str, Any]]:
+    data = run.starts[0]["data"]
+    return {name: split for name, split in data.items() if isinstance(split, dict)}
+
+
+def _completeness(run: Run) -> str:
+    if run.recipe["label"] not in LABELS:
+        return OWN
+    splits = _splits(run)
+    whole = bool(splits) and all(split.get("complete") is True for split in splits.values())
+    return COMPLETE if whole else PARTIAL
+
+
+def _changes(run: Run) -> list[str]:
+    """Return what differs from the recipe of this version, as `name=value`."""
+    try:
+        usual = json.loads(json.dumps(asdict(recipe(run.dataset, run.method))))
+    except UsageError:
+        return ["a method that this version does not have"]
+    changed = [
+        f"{name.removeprefix('prompts.')}={value}"
+        for name, _, value in differences(usual, run.recipe)
+        if name not in ("seed", "note")
+    ]
+    return changed + [name for name in ("compile", "cuda_graph") if run.options.get(name)]
+
+
+def _identity(run: Run) -> str:
+    """Return what tells apart runs that look alike: the whole recipe, and which images."""
+    splits = {}
+    for name, split in _splits(run).items():
+        known = {key: split.get(key) for key in ("images", "classes", "rule")}
+        if _completeness(run) != COMPLETE:
+            # The sizes of the images in their order, which do not depend on the machine.
+            known["index"] = split.get("cache", {}).get("index_sha256")
+        splits[name] = known
+    described = {name: value for name, value in run.recipe.items() if name not in ("seed", "note")}
+    # What the setting has in resolved form.
+    resolved = ("precision", "eval_precision", "weights")
+    options = {name: value for name, value in run.options.items() if name not in resolved}
+    return json.dumps([described, options, splits], sort_keys=True)
+
+
+def _remarks(seeds: dict[int, Run]) -> tuple[str, ...]:
+    """Return what a reader of the mean should know."""
+    remarks: list[str] = []
+    for run in seeds.values():
+        for name, split in _splits(run).items():
+            if split.get("complete") is False:
+                images, expected = split.get("images"), split.get("expected_images")
+                remarks.append(f"{name}: {images} of {expected} images")
+            elif "ours" in str(split.get("rule")) and name != "test":
+                remarks.append(f"{name}: {split['rule']}")
+            if split.get("caution"):
+                remarks.append(str(split["caution"]))
+    return tuple(dict.fromkeys(remarks))

@@ -1,0 +1,178 @@
+"""Tables of a report, as text cells; Markdown and CSV of them."""
+
+import csv
+import io
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+
+from .groups import COMPLETE, LABELS, Group, Setting, average, by_setting
+from .paper import AVERAGE, ROWS, published, table
+from .runs import Problem
+
+NONE = "-"
+"""Cell without a value."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """Cells under a heading."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    text_columns: int = 1
+    """Columns that hold text, from the left; the others hold numbers."""
+    notes: tuple[str, ...] = ()
+
+
+def details(groups: Sequence[Group], names: dict[Setting, str]) -> list[Table]:
+    """Return a table a setting: every dataset with the paper's value beside ours."""
+    return [_detail(found, names[setting]) for setting, found in by_setting(groups).items()]
+
+
+def _detail(groups: list[Group], name: str) -> Table:
+    setting = groups[0].setting
+    header = ["dataset", "paper, %", "ours, %", "spread", "runs", "difference"]
+    rows = [
+        [
+            group.label,
+            _shown(group.paper, ".1f"),
+            _shown(group.mean, ".2f"),
+            _shown(group.spread, ".2f"),
+            str(len(group.runs)),
+            _shown(group.delta, "+.2f"),
+        ]
+        for group in groups
+    ]
+    mean, paper = average(groups), published(setting.method, AVERAGE)
+    if mean is not None:
+        fair = setting.data == COMPLETE and paper is not None
+        difference = mean - paper if fair and paper is not None else None
+        cells = [_shown(paper, ".1f"), _shown(mean, ".2f"), NONE, NONE, _shown(difference, "+.2f")]
+        rows.append(["average", *cells])
+    remarks: dict[str, list[str]] = {}
+    for group in groups:
+        for remark in group.remarks:
+            remarks.setdefault(remark, []).append(group.label)
+    notes = [f"{', '.join(dict.fromkeys(labels))}: {text}." for text, labels in remarks.items()]
+    notes += dict.fromkeys(
+        f"{run.recipe['note'].capitalize()}."
+        for group in groups
+        for run in group.runs
+        if run.recipe["note"]
+    )
+    if setting.data != COMPLETE:
+        notes.insert(0, "Not the published images: the paper's values are no yardstick here.")
+    return Table(title=name, header=header, rows=rows, notes=tuple(notes))
+
+
+def overview(groups: Sequence[Group], names: dict[Setting, str]) -> Table:
+    """Return the layout of the paper: a line for each method there, and ours below it."""
+    rows, method = [], ""
+    for setting, found in by_setting(groups).items():
+        if setting.method != method:
+            method = setting.method
+            if method in ROWS:
+                line = [_shown(published(method, label), ".1f") for label in (*LABELS, AVERAGE)]
+                rows.append([f"{ROWS[method]}, paper", *line])
+        cells = {group.label: _cell(group) for group in found}
+        if cells.keys() & set(LABELS):
+            line = [cells.get(label, NONE) for label in LABELS]
+            rows.append([names[setting], *line, _shown(average(found), ".2f")])
+    header = ["method", *LABELS, "average"]
+    return Table(title="Table 1, top-1 accuracy in percent", header=header, rows=rows)
+
+
+def _cell(group: Group) -> str:
+    if group.spread is None:
+        return f"{group.mean:.2f}"
+    return f"{group.mean:.2f} \N{PLUS-MINUS SIGN} {group.spread:.2f} ({len(group.runs)})"
+
+
+def whole_paper() -> Table:
+    """Return the published table as it is printed."""
+    columns = ("venue_label", *LABELS, AVERAGE)
+    rows = [[name, *(row[c] or NONE for c in columns)] for name, row in table().items()]
+    header = ["method", "venue", *LABELS, "average"]
+    return Table(title="The published table", header=header, rows=rows, text_columns=2)
+
+
+def times(groups: Sequence[Group], names: dict[Setting, str]) -> Table:
+    """Return how long an epoch and an evaluation take: medians over runs on one kind of device."""
+    rows = []
+    for group in groups:
+        devices: dict[str, list[dict]] = {}
+        for run in group.runs:
+            if run.result is not None:
+                devices.setdefault(run.devices, []).append(run.result)
+        for device, results in devices.items():
+            values = [
+                statistics.median(result[name] for result in results)
+                for name in (
+                    "seconds_per_epoch",
+                    "seconds_per_evaluation",
+                    "images_per_second",
+                    "pipeline_images_per_second",
+                )
+            ]
+            cells = [f"{values[0]:.3g}", f"{values[1]:.3g}", f"{values[2]:,.0f}",
+                     f"{values[3]:,.0f}", str(len(results))]  # fmt: skip
+            rows.append([names[group.setting], group.label, device, *cells])
+    header = ["setting", "dataset", "device", "training epoch, s", "evaluation, s",
+              "training, images/s", "input alone, images/s", "runs"]  # fmt: skip
+    return Table(title="Time", header=header, rows=rows, text_columns=3)
+
+
+def settings_table(names: dict[Setting, str]) -> Table:
+    """Return what each setting is."""
+    header = [field.name for field in fields(Setting)]
+    rows = [[*list(asdict(setting).values())[:-1], setting.changes or "none"] for setting in names]
+    return Table(title="Settings", header=header, rows=rows, text_columns=len(header))
+
+
+def problems_table(problems: Sequence[Problem]) -> Table:
+    """Return the runs that no mean includes."""
+    rows = [[str(problem.folder), problem.text] for problem in problems]
+    return Table(title="Not counted", header=["folder", "why"], rows=rows, text_columns=2)
+
+
+def _shown(value: float | None, how: str) -> str:
+    return NONE if value is None else format(value, how)
+
+
+def to_markdown(shown: Table) -> str:
+    """Return a table in Markdown, without its title."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in [shown.header, *shown.rows]]
+    rule = ["---" if i < shown.text_columns else "---:" for i in range(len(shown.header))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], rule, *cells[1:]]) + "\n"
+
+
+def to_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return comma-separated values."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def table1_csv(groups: Sequence[Group]) -> str:
+    """Return every group with its setting as comma-separated values; nothing is rounded."""
+    header = ["dataset", *(field.name for field in fields(Setting)), "paper_percent",
+              "mean_percent", "spread_points", "runs", "difference_points", "seeds",
+              "accuracies_percent", "epochs_chosen", "folders"]  # fmt: skip
+    rows = []
+    for group in groups:
+        results = [run.result for run in group.runs if run.result]
+        values = (group.paper, group.mean, group.spread, len(results), group.delta)
+        rows.append([
+            group.label,
+            *asdict(group.setting).values(),
+            *("" if value is None else value for value in values),
+            " ".join(str(run.seed) for run in group.runs),
+            " ".join(map(str, group.accuracies)),
+            " ".join(str(result["epoch"]) for result in results),
+            " ; ".join(str(run.folder) for run in group.runs),
+        ])  # fmt: skip
+    return to_csv(header, rows)
