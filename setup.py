@@ -24,6 +24,7 @@ def packages() -> dict[str, str]:
 
 
 TRAIN = ["tyro>=1,<2", "rich", "tensorboard>=2.21", "scipy", "huggingface_hub"]
+TRAIN += ["torchvision", "pillow", "filelock"]
 PLOT = ["matplotlib", "scikit-learn"]
 PROFILE = ["torch-tb-profiler==0.4.3"]
 DEV = [*TRAIN, *PLOT, *PROFILE, "pytest", "pytest-xdist", "hypothesis", "ruff", "pyright[nodejs]"]
@@ -41,6 +42,7 @@ setup(
     package_dir=packages(),
     package_data={
         "tcpa.train.demo": ["*.safetensors", "*.json"],
+        "tcpa.train.report": ["*.csv"],
         "tcpa.kernels": ["launches/*.json"],
     },
     install_requires=[

@@ -1,5 +1,6 @@
 """Promise: a wheel holds the whole library, under the package `tcpa` alone."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def test_every_module_is_in_the_wheel(wheel):
     for folder in FOLDERS:
         prefix = "tcpa" if folder == "tcpa" else f"tcpa/{folder}"
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".safetensors"):
+            if path.suffix in (".py", ".safetensors", ".csv"):
                 assert f"{prefix}/{path.relative_to(ROOT / folder).as_posix()}" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"tcpa"}
 
@@ -46,6 +47,9 @@ def test_the_wheel_names_commands_licence_and_dependencies(wheel):
     assert "Apache License" in info["LICENSE"]
     for requirement in ("torch>=2.11", "timm", "safetensors", "numpy"):
         assert f"Requires-Dist: {requirement}" in info["METADATA"]
+    for requirement in ("tyro", "torchvision", "pillow", "filelock", "scipy"):
+        found = f"Requires-Dist: {requirement}.*; extra == ['\"]train['\"]"
+        assert re.search(found, info["METADATA"]), requirement
 
 
 def test_importing_tcpa_does_not_import_triton():

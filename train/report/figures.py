@@ -5,7 +5,6 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import matplotlib
@@ -53,9 +52,11 @@ def draw(runs: Sequence[Run], names: dict[Setting, str]) -> list[Curves]:
         runs: those that have begun are drawn.
         names: of their settings, in the order of the legend.
     """
-    # Colours of one dash after the other: neighbours in the legend differ in both.
-    styles = [(colour, dash) for dash, colour in product(DASHES, COLOURS)]
-    chosen = {s: styles[place % len(styles)] for place, s in enumerate(names)}
+    # Neighbours in the legend differ in both.
+    chosen = {
+        setting: (COLOURS[place % len(COLOURS)], DASHES[place % len(DASHES)])
+        for place, setting in enumerate(names)
+    }
     found = []
     with matplotlib.rc_context(STYLE):
         for label, shown in _by_label(runs):

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -141,26 +141,28 @@ def setting_of(run: Run) -> Setting:
 
 
 def names_of(settings: Sequence[Setting]) -> dict[Setting, str]:
-    """Return short names: the method, and whatever else differs between the settings."""
+    """Return short names: method and protocol, what differs between the settings, and whatever
+    makes a comparison with the paper unfair."""
     varying = [
         field.name
         for field in fields(Setting)
-        if field.name != "method" and len({getattr(s, field.name) for s in settings}) > 1
+        if len({getattr(setting, field.name) for setting in settings}) > 1
     ]
-    return {
-        setting: ", ".join(
-            [setting.method, *(_said(name, getattr(setting, name)) for name in varying)]
-        )
-        for setting in settings
-    }
+    return {setting: ", ".join(_words(setting, varying)) for setting in settings}
 
 
-def _said(name: str, value: str) -> str:
-    if name == "data":
-        return f"{value} data"
-    if name == "changes":
-        return value or "recipe"
-    return f"evaluated in {value}" if name == "evaluation" else value
+def _words(setting: Setting, varying: Sequence[str]) -> Iterator[str]:
+    yield setting.method
+    yield setting.protocol
+    for name in ("backbone", "weights", "normalize", "precision"):
+        if name in varying:
+            yield getattr(setting, name)
+    if "evaluation" in varying:
+        yield f"evaluated in {setting.evaluation}"
+    if setting.data != COMPLETE:
+        yield f"{setting.data} data"
+    if setting.changes:
+        yield setting.changes
 
 
 def _splits(run: Run) -> dict[str, dict[str, Any]]:
@@ -210,12 +212,17 @@ def _remarks(seeds: dict[int, Run]) -> tuple[str, ...]:
     """Return what a reader of the mean should know."""
     remarks: list[str] = []
     for run in seeds.values():
-        for name, split in _splits(run).items():
-            if split.get("complete") is False:
-                images, expected = split.get("images"), split.get("expected_images")
-                remarks.append(f"{name}: {images} of {expected} images")
-            elif "ours" in str(split.get("rule")) and name != "test":
-                remarks.append(f"{name}: {split['rule']}")
+        splits = _splits(run)
+        short = [
+            f"{split.get('images')} of {split.get('expected_images')} {name}"
+            for name, split in splits.items()
+            if split.get("complete") is False
+        ]
+        if short:
+            remarks.append(f"{', '.join(short)} images")
+        for split in splits.values():
+            if "ours" in str(split.get("rule")):
+                remarks.append(str(split["rule"]))
             if split.get("caution"):
-                remarks.append(str(split["caution"]))
+                remarks.append(str(split["caution"]).rstrip("."))
     return tuple(dict.fromkeys(remarks))

@@ -45,6 +45,7 @@ th, td { padding: 0.25rem 0.55rem; border-bottom: 1px solid var(--line); text-al
 th:first-child, td:first-child { padding-left: 0.2rem; }
 tbody tr:nth-child(even) { background: var(--stripe); }
 tr.paper td { color: var(--soft); }
+@media (max-width: 30rem) { th, td { padding: 0.25rem 0.35rem; } }
 td.long { white-space: normal; min-width: 12rem; }
 .n { text-align: right; }
 """
@@ -54,7 +55,8 @@ LONG = 28
 
 INTRODUCTION = (
     "Top-1 accuracy on the test images, beside the values that the paper prints. The mean is over "
-    "runs that differ in nothing but the seed; the spread is their standard deviation (n - 1)."
+    "runs that differ in nothing but the seed; the spread is their standard deviation (n - 1), "
+    "delta is our mean minus the printed value."
 )
 PROTOCOLS = (
     "official: the best test epoch, chosen on the test images as in the official code. val: the "
@@ -75,7 +77,8 @@ class Content:
     def counted(self) -> str:
         """How many runs are in the means and how many are not."""
         runs = sum(len(group.runs) for group in self.groups)
-        return f"{_runs(runs)} counted, {_runs(len(self.problems))} not counted (listed below)"
+        left = f", {_runs(len(self.problems))} not counted (listed below)" if self.problems else ""
+        return f"{_runs(runs)} counted{left}"
 
 
 def _runs(count: int) -> str:

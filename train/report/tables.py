@@ -33,7 +33,7 @@ def details(groups: Sequence[Group], names: dict[Setting, str]) -> list[Table]:
 
 def _detail(groups: list[Group], name: str) -> Table:
     setting = groups[0].setting
-    header = ["dataset", "paper, %", "ours, %", "spread", "runs", "difference"]
+    header = ["dataset", "paper, %", "ours, %", "spread", "runs", "delta"]
     rows = [
         [
             group.label,
