@@ -208,7 +208,8 @@ DEFAULT_PROVIDERS = ("tcpa", "VPT + TCPA", "VPT-deep", "VFPT", "frozen ViT")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     default = StepCase()
-    parser = argparse.ArgumentParser(prog="tcpa-bench epoch", description=__doc__.split("\n")[0])
+    summary = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="tcpa-bench epoch", description=summary)
     parser.add_argument("--model", default=default.model, help="timm name of the backbone")
     parser.add_argument("--batch", type=int, default=8, help="images a step")
     parser.add_argument("--images", type=int, default=16, help=f"photos; CUB has {TRAIN_IMAGES:,}")

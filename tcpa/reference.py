@@ -10,7 +10,7 @@ patches; prompt rows are ordered CLS pool, then image pool, each entry contribut
 consecutive rows.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -231,7 +231,7 @@ def random_gate(
 
     def draw(tokens: int, pool: int, k: int) -> Tensor:
         # torch.compile takes no generator where shapes are dynamic, not even None.
-        source = {} if generator is None else {"generator": generator}
+        source: dict[str, Any] = {} if generator is None else {"generator": generator}
         noise = torch.rand(batch_size, tokens, pool, device=device, **source)
         return select_entries(noise, k)
 
