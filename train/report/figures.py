@@ -18,8 +18,8 @@ from .runs import Run
 INK = "#1b1b1f"
 """Text and axes; the page replaces it by its own text colour."""
 
-# Okabe and Ito's palette without black and yellow, which vanish on one of the two backgrounds.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+# Okabe and Ito's palette without black and yellow, and with a lighter blue, for both backgrounds.
+COLOURS = ("#2a86c4", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
 
 STYLE = {
