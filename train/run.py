@@ -17,13 +17,13 @@ import torch
 from .config import RunConfig
 from .engine.datasets import load_splits
 from .engine.distributed import World, join
-from .engine.folder import RESULT, claim
+from .engine.folder import ENVIRONMENT, RESULT, claim
 from .engine.inputs import Splits
 from .engine.journal import Journal
 from .engine.loop import Loop
 from .engine.model import BuiltModel, build_model
 from .engine.progress import Display
-from .engine.record import ENVIRONMENT, describe_environment, require_same_inputs
+from .engine.record import describe_environment, require_same_inputs
 from .engine.result import Result, finish, read_result
 from .engine.settings import describe, resolve, run_folder
 from .files import read_json, write_json

@@ -24,7 +24,7 @@ import tcpa
 
 from ..cli import UsageError, choose_device
 from .config import RunConfig, SweepConfig, TrainOptions
-from .engine.folder import CONFIG, RESULT, differences
+from .engine.folder import CONFIG, RESULT, differences, saved_description
 from .engine.settings import describe, resolve, run_folder
 from .files import read_json
 from .recipes import Recipe
@@ -61,7 +61,7 @@ class Job:
         Raises:
             UsageError: the folder belongs to another configuration.
         """
-        found, saved = read_json(self.folder / RESULT), read_json(self.folder / CONFIG)
+        found, saved = read_json(self.folder / RESULT), saved_description(self.folder)
         changed = differences(saved, describe(self.config, self.settings)) if saved else []
         if changed:
             name, before, now = changed[0]

@@ -15,6 +15,7 @@ except ModuleNotFoundError:  # Not on Windows; two runs in one folder go unnotic
 
 CONFIG = "config.json"
 RESULT = "result.json"
+ENVIRONMENT = "environment.json"
 LOCK = ".lock"
 ADAPTER = "adapter"
 
@@ -62,8 +63,7 @@ def _hold(lock: Any, folder: Path) -> None:
 
 def _check_description(folder: Path, description: dict[str, Any]) -> None:
     """Write the description of a new run, or compare it with that of the run that is there."""
-    path = folder / CONFIG
-    saved = read_json(path)
+    path, saved = folder / CONFIG, saved_description(folder)
     if saved is None:
         write_json(path, description)
         return
@@ -75,6 +75,16 @@ def _check_description(folder: Path, description: dict[str, Any]) -> None:
             f"{name}: got {now}, expected {before} as in {path}{others}; repeat the first command "
             "to go on with that run, or choose another --output"
         )
+
+
+def saved_description(folder: Path) -> Any:
+    """Return the description with which a run began; None if it has not begun.
+
+    A start that failed before the first step, on a missing file for instance, binds nobody.
+    """
+    if (folder / ENVIRONMENT).exists() or (folder / RESULT).exists():
+        return read_json(folder / CONFIG)
+    return None
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:

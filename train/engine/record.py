@@ -15,7 +15,6 @@ from ...cli import UsageError
 from .distributed import World
 from .folder import differences
 
-ENVIRONMENT = "environment.json"
 PACKAGES = ("torch", "timm", "triton", "torchvision", "numpy", "safetensors")
 
 

@@ -9,10 +9,9 @@ from typing import Any
 
 from ...cli import UsageError
 from ..engine.checkpoint import CURRENT
-from ..engine.folder import CONFIG, RESULT
+from ..engine.folder import CONFIG, ENVIRONMENT, RESULT
 from ..engine.journal import METRICS, read_metrics
 from ..engine.loop import CHOOSES_ON
-from ..engine.record import ENVIRONMENT
 from ..files import read_json
 
 SIGNS = (CONFIG, RESULT, METRICS, CURRENT)
