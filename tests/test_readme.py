@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from dataset_trees import write_tree
+from tcpa.train.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,11 +20,17 @@ COMMANDS = [
     for line in block.splitlines()
     if not language and line.strip()
 ]
+TRAINING = [c for c in COMMANDS if re.match("torchrun|tcpa-train (data|run|sweep|report)", c)]
 (EXAMPLE,) = [block for language, block in FENCES if language == "python"]
 TESTED_ELSEWHERE = {
     "make test": "this run",
     "python -m tcpa.verify tests/golden/*.npz": "test_golden.py, file by file",
+    **dict.fromkeys(TRAINING, "test_training_commands"),
 }
+SMALL = shlex.split(
+    "--backbone test_vit --weights none --image-size 32 --resize 40 --epochs 1 --batch-size 8 "
+    "--precision fp32 --device cpu --no-tensorboard"
+)
 
 
 def run(arguments, cwd):
@@ -51,6 +59,41 @@ def test_commands(command, tmp_path):
         words = [found, *arguments]
     done = run(words, ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_training_commands(tmp_path, monkeypatch, capsys):
+    """In their order, on a generated CUB, with a small model and one epoch."""
+    write_tree("cub", tmp_path / "data", classes=3, per_class=4)
+    monkeypatch.chdir(tmp_path)
+    said = {}
+    for command in TRAINING:
+        program, *arguments = shlex.split(command)
+        expected = 0
+        if program == "torchrun":
+            # No GPUs: fewer processes, on the CPU.
+            arguments[arguments.index("8")] = "2"
+        if "run" in arguments:
+            arguments += SMALL
+        elif "sweep" in arguments:
+            # Thirty real runs are too many; test_train_commands.py starts real ones.
+            arguments += [*SMALL, "--print-jobs"]
+        elif "prepare" in arguments:
+            arguments += ["--offline"]
+        elif "verify" in arguments:
+            expected = 2
+        if program == "torchrun":
+            done = run([str(Path(sys.executable).parent / program), *arguments], tmp_path)
+            assert done.returncode == 0, done.stdout + done.stderr
+        else:
+            assert main(arguments) == expected
+        said[" ".join(arguments[:2])] = "".join(capsys.readouterr())
+    assert "train (official): got 10 images, expected 5,394" in said["data verify"]
+    assert len(said["sweep hta"].splitlines()) == 30
+    assert "2 runs counted" in said["report runs"]
+    assert (tmp_path / "report" / "report.html").is_file()
+    assert (tmp_path / "data" / "archives" / "cub").is_dir() and (tmp_path / "data/cache").is_dir()
+    found = {path.name for path in (tmp_path / "runs/cub/vfpt+tcpa").iterdir()}
+    assert found == {"official-seed3407", "official-seed4"}
 
 
 def test_the_example(tmp_path):
