@@ -5,6 +5,7 @@ fails takes no other with it, and the printed commands of an array job are the s
 """
 
 import contextlib
+import difflib
 import os
 import queue
 import shlex
@@ -22,8 +23,9 @@ from rich.console import Console
 
 import tcpa
 
-from ..cli import UsageError, choose_device
+from ..cli import UsageError, choose_device, require
 from .config import RunConfig, SweepConfig, TrainOptions
+from .data.splits import NAMES
 from .engine.folder import CONFIG, RESULT, differences, saved_description
 from .engine.settings import describe, resolve, run_folder
 from .files import read_json
@@ -76,10 +78,14 @@ def jobs_of(config: SweepConfig) -> list[Job]:
     """Return the runs of a sweep: dataset by dataset, method by method, seed by seed.
 
     Raises:
-        UsageError: a method is unknown, or an option does not fit one.
+        UsageError: a dataset or method is unknown, or an option does not fit one.
     """
     datasets: list[str] = []
     for name in config.datasets:
+        near = difflib.get_close_matches(name, (ALL, *NAMES), n=1)
+        hint = f"did you mean {near[0]}?" if near else "choose one of these"
+        known = name == ALL or name in NAMES
+        require(known, "DATASETS", repr(name), ", ".join((ALL, *NAMES)), hint)
         datasets += [
             d for d in (tcpa.HTA_DATASETS if name == ALL else (name,)) if d not in datasets
         ]

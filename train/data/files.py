@@ -24,10 +24,10 @@ def require_file(path: Path, expected: str) -> None:
         raise unusable(path, "no such file", expected)
 
 
-def require_folder(path: Path, expected: str) -> None:
+def require_folder(path: Path, expected: str, advice: str = ADVICE) -> None:
     """Raise UsageError unless a folder is there."""
     if not path.is_dir():
-        raise unusable(path, "no such folder", expected)
+        raise unusable(path, "no such folder", expected, advice)
 
 
 def read_lines(path: Path, expected: str) -> list[str]:

@@ -24,7 +24,7 @@ def read_own(root: Path) -> Listing:
     Raises:
         UsageError: no folders, a class without images, or a class that train/ does not have.
     """
-    require_folder(root, "a folder with a folder for every class")
+    require_folder(root, "a folder with a folder for every class", "check --data")
     if (root / "train").is_dir():
         return _of_splits(root)
     class_names = _class_names(root)
@@ -42,7 +42,7 @@ def read_own(root: Path) -> Listing:
 
 
 def _of_splits(root: Path) -> Listing:
-    require_folder(root / "test", "the test images, as there is a folder train/")
+    require_folder(root / "test", "the test images, as there is a folder train/", "add it")
     class_names = _class_names(root / "train")
     names = {"val": []}
     for split in ("train", "val", "test"):

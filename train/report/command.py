@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table as Grid
 
+from ...cli import UsageError
 from ..config import ReportConfig
-from ..files import disk_errors, replace_file
+from ..files import replace_file
 from .groups import Group, Setting, group_runs, names_of, setting_of
 from .page import Content, html_page, markdown
 from .runs import Problem, Run, read_runs
@@ -37,10 +38,15 @@ def report(config: ReportConfig) -> None:
         "table1.csv": table1_csv(groups),
         "times.csv": to_csv(timing.header, timing.rows),
     }
-    with disk_errors(config.output, "the report"):
+    try:
         config.output.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             replace_file(config.output / name, text.encode())
+    except OSError as error:
+        raise UsageError(
+            f"--output: got {config.output}, expected a folder that can be written "
+            f"({error.strerror}); make room or choose another"
+        ) from None
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     _print(console, groups, names, content.problems)
     console.print(f"{content.counted.partition(' (')[0]}; {config.output / 'report.html'}")

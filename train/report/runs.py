@@ -139,8 +139,8 @@ def _find(folder: Path) -> list[Path]:
 def _how_far(run: Run) -> str:
     done = max((epoch for epoch, _ in run.points("epoch", "loss")), default=0)
     return (
-        f"unfinished: {done} of {run.recipe['epochs']} epochs; still running, or to be gone on "
-        "with by the same command"
+        f"unfinished: {done} of {run.recipe['epochs']} epochs; it is running, or the command that "
+        "started it goes on with it"
     )
 
 
