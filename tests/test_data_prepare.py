@@ -524,4 +524,6 @@ def test_configurations_need_nothing_heavy() -> None:
         "contextlib",
         "dataclasses",
         "pathlib",
+        "shlex",
+        "typing",
     }

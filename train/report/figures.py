@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .groups import Setting, setting_of
+from .groups import Setting, place_of, setting_of
 from .runs import Run
 
 INK = "#1b1b1f"
@@ -67,7 +67,7 @@ def draw(runs: Sequence[Run], names: dict[Setting, str]) -> list[Curves]:
 
 def _by_label(runs: Sequence[Run]) -> Iterator[tuple[str, list[Run]]]:
     drawn = [run for run in runs if run.points("epoch", "loss")]
-    for label in dict.fromkeys(run.recipe["label"] for run in drawn):
+    for label in sorted({run.recipe["label"] for run in drawn}, key=place_of):
         yield label, [run for run in drawn if run.recipe["label"] == label]
 
 

@@ -102,9 +102,13 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[Problem]]:
         for (setting, label, _), seeds in found.items()
     ]
     order = {setting: place for place, setting in enumerate(_in_order(groups))}
-    places = {label: place for place, label in enumerate(LABELS)}
-    groups.sort(key=lambda g: (order[g.setting], places.get(g.label, len(places)), g.label))
+    groups.sort(key=lambda group: (order[group.setting], place_of(group.label)))
     return groups, problems
+
+
+def place_of(label: str) -> tuple[int, str]:
+    """Return the key that sorts datasets as Table 1 does, those of the user's own after them."""
+    return (LABELS.index(label) if label in LABELS else len(LABELS)), label
 
 
 def _in_order(groups: Iterable[Group]) -> list[Setting]:

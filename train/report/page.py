@@ -40,7 +40,7 @@ figure { margin: 0; flex: 1 1 20rem; max-width: 30rem; }
 figure svg { width: 100%; height: auto; font-family: system-ui, sans-serif; }
 .wide { overflow-x: auto; margin-bottom: 0.8rem; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.55rem; border-bottom: 1px solid var(--line); text-align: left;
+th, td { padding: 0.25rem 0.5rem; border-bottom: 1px solid var(--line); text-align: left;
   white-space: nowrap; vertical-align: top; overflow-wrap: normal; }
 th:first-child, td:first-child { padding-left: 0.2rem; }
 tbody tr:nth-child(even) { background: var(--stripe); }
@@ -145,7 +145,7 @@ def _table1(content: Content) -> str:
     if not content.groups:
         return "<p>No run is finished.</p>"
     text = _table(overview(content.groups, content.names))
-    return f'{text}<p class="soft">{escape(PROTOCOLS)} In parentheses: number of runs.</p>'
+    return f'{text}<p class="soft">{escape(PROTOCOLS)} Runs: for each dataset.</p>'
 
 
 def _titled(shown: Table) -> str:

@@ -68,26 +68,32 @@ def _detail(groups: list[Group], name: str) -> Table:
 
 
 def overview(groups: Sequence[Group], names: dict[Setting, str]) -> Table:
-    """Return the layout of the paper: a line for each method there, and ours below it."""
+    """Return the layout of the paper, rounded as there: a line for each method, ours below it."""
     rows, method = [], ""
     for setting, found in by_setting(groups).items():
         if setting.method != method:
             method = setting.method
             if method in ROWS:
                 line = [_shown(published(method, label), ".1f") for label in (*LABELS, AVERAGE)]
-                rows.append([f"{ROWS[method]}, paper", *line])
-        cells = {group.label: _cell(group) for group in found}
+                rows.append([f"{ROWS[method]}, paper", *line, NONE])
+        cells: dict[str, str] = {}
+        for group in found:
+            # Other images or another version's recipe under one name: both are shown.
+            before = f"{cells[group.label]} / " if group.label in cells else ""
+            cells[group.label] = before + _cell(group)
         if cells.keys() & set(LABELS):
             line = [cells.get(label, NONE) for label in LABELS]
-            rows.append([names[setting], *line, _shown(average(found), ".2f")])
-    header = ["method", *LABELS, "average"]
+            counts = sorted({len(group.runs) for group in found})
+            runs = "-".join(map(str, counts[:: max(len(counts) - 1, 1)]))
+            rows.append([names[setting], *line, _shown(average(found), ".1f"), runs])
+    header = ["method", *LABELS, "average", "runs"]
     return Table(title="Table 1, top-1 accuracy in percent", header=header, rows=rows)
 
 
 def _cell(group: Group) -> str:
     if group.spread is None:
-        return f"{group.mean:.2f}"
-    return f"{group.mean:.2f} \N{PLUS-MINUS SIGN} {group.spread:.2f} ({len(group.runs)})"
+        return f"{group.mean:.1f}"
+    return f"{group.mean:.1f} \N{PLUS-MINUS SIGN} {group.spread:.1f}"
 
 
 def whole_paper() -> Table:
