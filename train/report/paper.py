@@ -19,9 +19,9 @@ AVERAGE = "avg_printed"
 """Column of the mean over the ten datasets, as printed."""
 
 FAULTS = (
-    "The official code reports the best test epoch of one run with one seed: the epoch is chosen on "
-    "the test images, and the paper prints no spread. Protocol official does the same; val and last do not, and cannot read "
-    "higher of the same training.",
+    "The official code reports the best test epoch of one run with one seed: the epoch is chosen "
+    "on the test images, and the paper prints no spread. Protocol official does the same; val and "
+    "last do not, and cannot read higher of the same training.",
     "The rows Full, Linear and VPT mix protocols: their DTD, Cifar100 and SVHN are VTAB-1k "
     "results (1,000 training images), their CUB, Bird, Dog and Flower are VPT's own. Training "
     "these methods on all images does not reproduce them.",
