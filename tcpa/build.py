@@ -39,7 +39,7 @@ def wrap(
             probe).
         num_classes: classes of a fresh linear head; 0 removes the head, None keeps the model's own.
         savings: work left out without changing the result; all by default.
-        impl: implementation of the operations: "auto", "triton", "sdpa" or "reference".
+        impl: implementation of the operations: "auto", "triton", "sdpa", "dense" or "reference".
         normalization: channel mean and standard deviation of the images, for the record; the
             backbone's own by default.
 

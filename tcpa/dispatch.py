@@ -10,14 +10,14 @@ from torch import Tensor
 from . import kernels, sdpa
 from .checks import require_choice
 
-Impl = Literal["auto", "triton", "sdpa", "reference"]
-IMPLS = ("auto", "triton", "sdpa", "reference")
+Impl = Literal["auto", "triton", "sdpa", "dense", "reference"]
+IMPLS = ("auto", "triton", "sdpa", "dense", "reference")
 
 NO_AUTOCAST = ("meta",)
 """Device types that torch.autocast refuses; asking torch itself would break compiled graphs."""
 
-SHORT = 192
-"""Tokens below which the reference is faster than the fused CPU attention in 16-bit precision."""
+SHORT = 512
+"""Tokens below which stored probabilities are faster than the fused CPU attention in 16 bits."""
 
 _log = logging.getLogger("tcpa")
 _announced: set[tuple[str, str]] = set()
@@ -47,7 +47,8 @@ def choose_impl(
 
     Args:
         impl: "triton" (fused kernels), "sdpa" (exact composition over PyTorch's fused attention, on
-            the CPU), "reference", or "auto": the fastest of these that can run.
+            the CPU), "dense" (exact, stores one matrix of probabilities), "reference", or "auto":
+            the fastest of these that can run.
         device: where the tensors are.
         dtype: in which the attention is computed.
         num_tokens: L, if known.
@@ -65,8 +66,8 @@ def choose_impl(
         raise TypeError(f"device: got {device!r}, expected a torch.device; pass torch.device(...)")
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype: got {dtype!r}, expected a torch.dtype; pass torch.float32, ...")
-    if impl == "reference":
-        return "reference", "asked for"
+    if impl in ("reference", "dense"):
+        return impl, "asked for"
     no_triton, no_sdpa = kernels.unavailable_reason(device), sdpa.unavailable_reason(device)
     if impl == "auto":
         if device.type != "cuda":
@@ -76,11 +77,11 @@ def choose_impl(
             no_triton = "the kernels compute in float32 at most"
         if no_triton is None:
             return "triton", "kernels can run here"
-        # Measured on a CPU with native bfloat16: forward and backward at L = 65 take 0.3x, at
-        # L = 197 1.0x and at L = 577 1.3x the time of "sdpa"; in float32 1.0x, 1.4x and 1.7x.
+        # Measured on 2 cores with native bfloat16, forward and backward, against "sdpa": at L = 65
+        # 0.2x the time, 197 0.35x, 257 0.6x, 577 1.0x; in float32 at L = 197 1.0x.
         short = num_tokens is not None and num_tokens < SHORT and dtype.itemsize == 2
-        if no_sdpa is None and short:
-            return "reference", f"{no_triton}; the fastest for {num_tokens} tokens in {dtype}"
+        if device.type == "cpu" and short:
+            return "dense", f"{no_triton}; the fastest for {num_tokens} tokens in {dtype}"
         return ("sdpa", no_triton) if no_sdpa is None else ("reference", no_triton)
     reason = no_triton if impl == "triton" else no_sdpa
     if reason is not None:

@@ -21,6 +21,7 @@ from .checks import (
     require_shape,
     require_tensor,
 )
+from .dense import gated_attention_dense
 from .dispatch import Impl, autocast_dtype, resolve, without_autocast
 from .reference import (
     NormalizeOver,
@@ -63,7 +64,7 @@ def match_prompts(
         gate: int32 `[B, L, W]`, a selection to measure in place of the nearest one (random or
             replayed). It should let every token see top_k entries of its pool: the mean divides by
             that number.
-        impl: "auto", "triton" or "reference" ("sdpa" is the same here).
+        impl: "auto", "triton" or "reference" ("sdpa" and "dense" are the same).
 
     Returns:
         gate: int32 `[B, L, W]` with W = ceil(P / 32) words for the P = R_cls * lengths[0] +
@@ -135,7 +136,7 @@ def gated_attention(
             every query see every prompt.
         scale: factor of the scores; 1 / sqrt(D) when absent.
         normalize_over: "all" (Eq. 12-13, official code) or "visible" (Eq. 6-7).
-        impl: "auto", "triton", "sdpa" or "reference"; see `choose_impl`.
+        impl: "auto", "triton", "sdpa", "dense" or "reference"; see `choose_impl`.
 
     Returns:
         `[B, Lq, H, D]` of q's dtype (the autocast dtype under torch.autocast).
@@ -177,6 +178,8 @@ def gated_attention(
     elif name == "sdpa" or (impl == "auto" and q.device.type != "cpu" and gate is None):
         # Without a gate PyTorch's own attention computes the same, on any device.
         attend = sdpa.gated_attention_sdpa
+    elif name == "dense":
+        attend = gated_attention_dense
     else:
         attend = gated_attention_reference
     with without_autocast(q.device):
@@ -212,7 +215,8 @@ def norm_match(
         eps: added to the variance.
         cls_keys, image_keys, cls_top_k, image_top_k, num_prefix_tokens, lengths, selection, gate:
             as in `match_prompts`.
-        impl: "auto", "triton" (frozen weight and bias only) or "reference" ("sdpa" is the same).
+        impl: "auto", "triton" (frozen weight and bias only) or "reference"
+            ("sdpa" and "dense" are the same).
 
     Returns:
         normed: `[B, L, C]`, in the dtype of `x` (the reference: of `torch.nn.functional.layer_norm`

@@ -222,7 +222,7 @@ def test_rows_tell_accuracy_size_and_implementation(finished) -> None:
         assert len(row.accuracies) == 1
         assert row.spread is None
         assert row.seconds_per_epoch > 0
-        assert row.implementation in ("sdpa", "reference")
+        assert row.implementation in ("sdpa", "dense")
         assert "cpu" in row.reason.lower()
 
 

@@ -54,29 +54,31 @@ def errors_of(result: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-sample"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_sdpa_is_as_accurate_as_the_reference(shape, shared, normalize_over, dtype):
+@pytest.mark.parametrize("impl", ["sdpa", "dense"])
+def test_compositions_are_as_accurate_as_the_reference(impl, shape, shared, normalize_over, dtype):
     tensors, gate = make_inputs(shape, shared, dtype)
     options = {"normalize_over": normalize_over}
     exact = run(gated_attention_reference, [t.double() for t in tensors], gate, **options)
     plain = errors_of(run(gated_attention_reference, tensors, gate, **options), exact)
-    ours = errors_of(run(gated_attention, tensors, gate, impl="sdpa", **options), exact)
+    ours = errors_of(run(gated_attention, tensors, gate, impl=impl, **options), exact)
     # The floor: PyTorch's fused CPU kernel has a fast exponential, good to a few units.
     rounding = 4 * torch.finfo(dtype).eps
     for name, error in ours.items():
         assert error <= 2 * plain[name] + 2 * rounding, (name, error, plain[name])
 
 
+@pytest.mark.parametrize("impl", ["sdpa", "dense"])
 @pytest.mark.parametrize("normalize_over", ["all", "visible"])
-def test_sdpa_equals_the_reference_in_float64(normalize_over):
+def test_compositions_equal_the_reference_in_float64(normalize_over, impl):
     tensors, gate = make_inputs(SHAPES["vit"])
     tensors = [t.double() for t in tensors]
     options = {"normalize_over": normalize_over}
     exact = run(gated_attention_reference, tensors, gate, **options)
-    ours = errors_of(run(gated_attention, tensors, gate, impl="sdpa", **options), exact)
+    ours = errors_of(run(gated_attention, tensors, gate, impl=impl, **options), exact)
     assert max(ours.values()) < 1e-13, ours
 
 
-@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "dense"])
 @pytest.mark.parametrize("gate", ["none", "all-bits", "no-prompts"])
 def test_an_open_gate_is_plain_attention_over_all_keys(impl, gate):
     tensors, _ = make_inputs(SHAPES["vit"])
@@ -93,7 +95,7 @@ def test_an_open_gate_is_plain_attention_over_all_keys(impl, gate):
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "dense"])
 def test_the_gate_acts_linearly(impl):
     tensors, _ = make_inputs(SHAPES["full-word"])
     tensors = [t.double() for t in tensors]
@@ -105,7 +107,7 @@ def test_the_gate_acts_linearly(impl):
     torch.testing.assert_close(out(a | b) + out(a & b), out(a) + out(b), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "dense"])
 def test_permuted_samples_heads_and_prompts_permute_the_result(impl):
     tensors, _ = make_inputs((3, 9, 9, 4, 16, 7))
     q, k, v, k_prompt, v_prompt = (t.double() for t in tensors)
@@ -117,7 +119,7 @@ def test_permuted_samples_heads_and_prompts_permute_the_result(impl):
     torch.testing.assert_close(got, out[b][:, :, h], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "dense"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_non_finite_sample_does_not_reach_another(impl, poison):
     tensors, gate = make_inputs((3, 9, 9, 2, 16, 5), shared=False)
@@ -128,7 +130,7 @@ def test_a_non_finite_sample_does_not_reach_another(impl, poison):
     assert torch.equal(out[[0, 2]], clean[[0, 2]]) and not out[1].isfinite().any()
 
 
-@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "dense"])
 def test_strided_inputs_and_upstream_gradients(impl):
     tensors, gate = make_inputs((2, 9, 9, 2, 16, 5))
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
@@ -142,14 +144,18 @@ def test_strided_inputs_and_upstream_gradients(impl):
     torch.testing.assert_close(gated_attention(*odd, gate, impl=impl), out)
 
 
-def test_only_what_needs_a_gradient_gets_one():
+@pytest.mark.parametrize("impl", ["sdpa", "dense"])
+@pytest.mark.parametrize("needed", range(5))
+def test_only_what_needs_a_gradient_gets_one(needed, impl):
     tensors, gate = make_inputs((2, 9, 9, 2, 16, 5))
-    tensors[4].requires_grad_()
-    out = gated_attention(*tensors, gate, impl="sdpa")
-    (grad,) = torch.autograd.grad(out.sum(), tensors[4])
+    tensors[needed].requires_grad_()
+    out = gated_attention(*tensors, gate, impl=impl)
+    # Not the plain sum: the probabilities of a row have no gradient to its total.
+    upstream = torch.randn_like(out)
+    (grad,) = torch.autograd.grad(out, tensors[needed], upstream)
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    full = gated_attention(*leaves, gate, impl="sdpa")
-    torch.testing.assert_close(grad, torch.autograd.grad(full.sum(), leaves[4])[0])
+    full = gated_attention(*leaves, gate, impl=impl)
+    torch.testing.assert_close(grad, torch.autograd.grad(full, leaves[needed], upstream)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -167,8 +173,8 @@ def test_auto_takes_what_can_run_and_says_why():
     name, reason = choose_impl("auto", torch.device("meta"))
     assert name == "reference" and "meta" in reason
     for dtype, tokens, expected in (
-        (torch.bfloat16, 65, "reference"),
-        (torch.bfloat16, 197, "sdpa"),
+        (torch.bfloat16, 197, "dense"),
+        (torch.bfloat16, 577, "sdpa"),
         (torch.float32, 65, "sdpa"),
     ):
         name, reason = choose_impl("auto", torch.device("cpu"), dtype=dtype, num_tokens=tokens)
