@@ -306,7 +306,7 @@ def table(case: StepCase, results: Sequence[StepResult], where: Provenance) -> s
             f"{result.peak_bytes / 2**20:>10.0f}"
             f"{result.peak_bytes / base.peak_bytes:>7.2f}x{result.error:>9.0e}"
         )
-    lines.append("predicted: by FLOPs and bytes and what else was expected, before it was measured")
+    lines.append("predicted: by FLOPs and bytes, times what else was expected before measuring")
     return "\n".join(lines + kinds_table(results))
 
 

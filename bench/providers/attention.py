@@ -191,6 +191,11 @@ PROVIDERS: tuple[Provider, ...] = (
         reason=sdpa.unavailable_reason,
     ),
     Provider(
+        name="tcpa dense",
+        role="ours",
+        prepare=functools.partial(_prepare_ours, "dense", True),
+    ),
+    Provider(
         name="tcpa triton",
         role="ours",
         prepare=functools.partial(_prepare_ours, "triton", True),
