@@ -5,6 +5,7 @@ import io
 import json
 import statistics
 import sys
+from dataclasses import replace
 
 import pytest
 import rich.console
@@ -15,7 +16,9 @@ from tcpa.train.engine import progress
 from tcpa.train.engine.checkpoint import CURRENT, load_checkpoint
 from tcpa.train.engine.distributed import World
 from tcpa.train.engine.evaluate import evaluate
+from tcpa.train.engine.folder import differences
 from tcpa.train.engine.precision import NUMERICS
+from tcpa.train.engine.settings import describe, resolve
 from tcpa.train.run import run
 from train_runs import CLASSES, make_config, make_splits
 
@@ -302,3 +305,35 @@ def test_the_pipelines_rate_is_measured_on_few_batches(monkeypatch):
     splits.train.epoch = lambda number: (served.append(b) or b for b in epoch(number))
     assert running._pipeline_rate(splits, CPU) > 0
     assert len(served) == 2
+
+
+def test_an_altered_result_is_refused_and_written_again(tmp_path):
+    result, folder, _ = finished(tmp_path, epochs=2)
+    path = folder / "result.json"
+    values = json.loads(path.read_text())
+    for altered, message in (
+        ({}, "not written by this version"),
+        (values | {"accuracy": 99.9}, r"damaged or altered: .*; if only result\.json is"),
+    ):
+        path.write_text(json.dumps(altered))
+        with pytest.raises(UsageError, match=message):
+            finished(tmp_path, epochs=2)
+    path.unlink()
+    assert finished(tmp_path, epochs=2)[0].accuracy == result.accuracy
+
+
+def test_a_run_without_its_checkpoints_says_that_it_begins_anew(tmp_path, capsys):
+    _, folder, _ = finished(tmp_path, epochs=2)
+    assert "begins anew" not in capsys.readouterr().out
+    for path in (folder / "result.json", *folder.glob("checkpoint*")):
+        path.unlink()
+    finished(tmp_path, epochs=2)
+    assert f"warning: no checkpoint in {folder}: training begins anew" in capsys.readouterr().out
+
+
+def test_a_run_of_one_folder_does_not_answer_for_another(tmp_path):
+    config = make_config(tmp_path, dataset="folder")
+    first, second = (
+        describe(replace(config, data=tmp_path / name), resolve(config)) for name in "ab"
+    )
+    assert differences(first, second) == [("folder", "a", "b")]

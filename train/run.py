@@ -28,6 +28,7 @@ from .engine.result import Result, finish, read_result
 from .engine.settings import describe, resolve, run_folder
 from .files import read_json, write_json
 from .recipes import Recipe
+from .report.runs import finished_result
 
 PIPELINE_BATCHES = 10
 """Batches, at most, over which the rate of the input pipeline alone is measured."""
@@ -51,9 +52,11 @@ def run(config: RunConfig, splits: Splits | None = None) -> Result:
         with held:
             finished: Any = world.share(read_json(folder / RESULT) if world.is_main else None)
             if finished is not None:
+                result = read_result(folder, finished)
                 if world.is_main:
-                    print(f"{folder} is finished: {finished['accuracy']:.2f} %")
-                return read_result(folder, finished)
+                    finished_result(folder)
+                    print(f"{folder} is finished: {result.accuracy:.2f} %")
+                return result
             images = load_splits(config, settings, world) if splits is None else splits
             return _train(config, settings, world, images, folder)
 

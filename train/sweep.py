@@ -61,7 +61,7 @@ class Job:
         """Return the result if the run is finished, with just this configuration.
 
         Raises:
-            UsageError: the folder belongs to another configuration.
+            UsageError: the folder belongs to another configuration, or its result was altered.
         """
         found, saved = read_json(self.folder / RESULT), saved_description(self.folder)
         changed = differences(saved, describe(self.config, self.settings)) if saved else []
@@ -70,6 +70,11 @@ class Job:
             raise UsageError(
                 f"{name}: got {now}, expected {before} as in {self.folder / CONFIG}; repeat the "
                 "first command, or choose another --output"
+            )
+        if found is not None and not isinstance(found.get("accuracy"), int | float):
+            raise UsageError(
+                f"{self.folder / RESULT}: got no accuracy, expected the result of a run; delete "
+                "the file, and the sweep writes it again"
             )
         return found
 

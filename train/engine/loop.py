@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .distributed import World
 from .evaluate import Evaluation, evaluate
 from .inputs import Splits
-from .journal import Journal
+from .journal import METRICS, Journal
 from .model import BuiltModel
 from .progress import Display
 from .steps import Trainer
@@ -99,6 +99,13 @@ class Loop:
         # The others may have no access to the folder.
         found = cast(Checkpoint | None, self.world.share(found))
         if found is None:
+            metrics = self.folder / METRICS
+            if self.world.is_main and metrics.exists() and metrics.stat().st_size:
+                warnings.append(
+                    f"no checkpoint in {self.folder}: training begins anew and {METRICS} is "
+                    "written from the start (a run writes its first checkpoint after "
+                    "--checkpoint-seconds)"
+                )
             return warnings
         self.state = State(**found.state)
         try:

@@ -110,8 +110,12 @@ def describe(config: RunConfig, settings: Recipe) -> dict[str, Any]:
     options = {name: getattr(config, name) for name in DECISIVE}
     # A file may move; its content is compared where it is loaded.
     options["weights"] = Path(config.weights).name
-    return {
+    found = {
         "recipe": dataclasses.asdict(settings),
         "options": options,
         "normalization": {"mean": list(mean), "std": list(std)},
     }
+    if config.dataset == "folder":
+        # Any folder has this dataset's name: a finished run must not answer for another one.
+        found["folder"] = config.data.resolve().name
+    return found

@@ -124,6 +124,23 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Problem]]:
     return runs, problems
 
 
+def finished_result(folder: Path) -> dict[str, Any] | None:
+    """Return the result of a finished run; None where there is none yet.
+
+    Raises:
+        UsageError: it does not agree with the run's configuration and metrics.
+    """
+    if not (folder / RESULT).exists():
+        return None
+    try:
+        return _read(folder).result
+    except _Damaged as error:
+        raise UsageError(
+            f"{folder}: damaged or altered: {error}; if only {RESULT} is, delete it and repeat the "
+            "command, which writes it again; else delete the folder to train again"
+        ) from None
+
+
 def _find(folder: Path) -> list[Path]:
     """Return the folders of runs below a folder, in order; links to folders are not followed."""
     found = []
