@@ -1,4 +1,6 @@
-"""LayerNorm and prompt matching of the same rows, fused: x is read once.
+"""LayerNorm and prompt matching of the same rows, fused in one pass over device memory.
+
+Tall tiles read their rows a second time, which the cache should hold (see `match_tiles`).
 
 |x| comes from LayerNorm's own sums, |x|^2 = sum (x - mean)^2 + C mean^2, which cannot cancel.
 

@@ -1,7 +1,7 @@
 """The operations of TCPA: public entries that check their arguments and call an implementation.
 
 `match_prompts` says which prompts every token may see, `gated_attention` attends accordingly;
-`norm_match` is the block's LayerNorm and `match_prompts` in one read of the tokens.
+`norm_match` is the block's LayerNorm and `match_prompts` in one kernel.
 """
 
 import torch
