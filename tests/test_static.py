@@ -39,6 +39,18 @@ def test_promised_kernel_passes(tmp_path):
     assert max(report["pipes_us"].values()) < 75
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_every_promise_is_kept(architecture, dtype, tmp_path):
+    path = tmp_path / "static.json"
+    done = run_static("--arch", architecture, "--dtype", dtype, "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    promised = [one for one in json.loads(path.read_text())["kernels"] if one["promised"]]
+    assert len(promised) > 30
+    assert all(one["spill_stores"] == one["spill_loads"] == 0 for one in promised)
+
+
 def test_compiles_for_amd():
     done = run_static("--arch", "gfx942", "--dtype", "fp16", "--only", FWD + "_cls")
     assert done.returncode == 0, done.stdout + done.stderr
