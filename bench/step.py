@@ -301,13 +301,18 @@ def table(case: StepCase, results: Sequence[StepResult], where: Provenance) -> s
             used = [f"{result.utilisation(one).p50:.0f}" for one in flops]
         lines.append(
             f"{result.provider.name:<{width}}{result.provider.precision:<10}"
-            f"{f'{time.p50:.0f} ({time.p20:.0f}-{time.p80:.0f})':>22}{speed:>7.2f}x{predicted:>10}"
+            f"{_spread(time, len(result.seconds)):>22}{speed:>7.2f}x{predicted:>10}"
             f"{1e3 * case.batch / time.p50:>10.1f}{used[0]:>7}{used[1]:>7}"
             f"{result.peak_bytes / 2**20:>10.0f}"
             f"{result.peak_bytes / base.peak_bytes:>7.2f}x{result.error:>9.0e}"
         )
     lines.append("predicted: by FLOPs and bytes, times what else was expected before measuring")
     return "\n".join(lines + kinds_table(results))
+
+
+def _spread(time: Quantiles, samples: int) -> str:
+    """Return the median and, where there is more than one sample, what 60 % of them lie between."""
+    return f"{time.p50:.0f}" + (f" ({time.p20:.0f}-{time.p80:.0f})" if samples > 1 else "")
 
 
 def kinds_table(results: Sequence[StepResult]) -> list[str]:

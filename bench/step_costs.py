@@ -106,11 +106,11 @@ def predicted_speed(
     Args:
         case: what both compute.
         first: the yardstick.
-        provider: the one in question; its own `expected` factor comes on top.
+        provider: the one in question; its own expected gain comes on top.
         ceilings: what the device attains, by precision.
     """
     base, own = step_cost(case, first), step_cost(case, provider)
     if base is None or own is None:
         return None
     speed = base.seconds(ceilings[first.precision]) / own.seconds(ceilings[provider.precision])
-    return speed * provider.expected.get(case.device.partition(":")[0], 1.0)
+    return speed * provider.expected_gain(case.device)

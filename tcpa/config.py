@@ -235,6 +235,9 @@ class Savings:
     """Project the prompts of all blocks outside the blocks: once a batch when the batch shares
     them, once a model when nothing is trained, instead of once a sample in every block."""
 
+    prompt_kv_stacked: bool = True
+    """Where they are projected once, and alike, do it with one product for all blocks."""
+
     last_block_head_rows: bool = True
     """The last block computes only the tokens that the head reads."""
 

@@ -464,7 +464,8 @@ class PromptedViT(nn.Module):
         def compute() -> list[PromptKV]:
             prompts, stacked = source(batch_size), None
             # A compiler has no use for what is kept from call to call.
-            if repeated and prompts.ndim == 3 and not compiling:
+            together = self.savings.prompt_kv_stacked and prompts.ndim == 3
+            if repeated and together and not compiling:
                 stacked = self._stack_cache.get(sources, lambda: StackedProjections.of(layers))
             if stacked is not None:
                 return stacked.project(layers, prompts, self.value_affine)

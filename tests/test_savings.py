@@ -1,6 +1,7 @@
 """Promise: every exact saving equals the plain computation, values and gradients, to 1e-12."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ import torch.nn.functional as F
 from models import ARCHITECTURES
 
 from tcpa import Savings, TCPAConfig, VPTConfig, wrap
-from tcpa.prompt_kv import StackedProjections
 
 NAMES = [field.name for field in dataclasses.fields(Savings)]
 TCPA = TCPAConfig(
@@ -134,7 +134,7 @@ def test_prompt_keys_are_kept_until_a_parameter_changes():
     torch.testing.assert_close(outside, inside.clone())
 
 
-def test_one_product_projects_the_prompts_of_all_blocks_and_follows_the_weights(monkeypatch):
+def test_one_product_projects_the_prompts_of_all_blocks_and_follows_the_weights():
     architecture = ARCHITECTURES["vit-tiny"]
     model = wrap(architecture.create(torch.float64), TCPA).double().train()
     images = architecture.images(dtype=torch.float64)
@@ -148,11 +148,11 @@ def test_one_product_projects_the_prompts_of_all_blocks_and_follows_the_weights(
         assert stack is not None and stack.weight.shape[0] == len(model.backbone.blocks)
         ours = {name: p.grad for name, p in model.trainable_named_parameters().items()}
         model.zero_grad()
-        with monkeypatch.context() as patch:
-            patch.setattr(StackedProjections, "of", lambda layers: None)
-            model._stack_cache.clear()
-            model(images).sum().backward()
+        model.savings = replace(model.savings, prompt_kv_stacked=False)
         model._stack_cache.clear()
+        model(images).sum().backward()
+        assert model._stack_cache._kept is None
+        model.savings = Savings()
         for name, p in model.trainable_named_parameters().items():
             grad = ours[name]
             assert (grad is None) == (p.grad is None)

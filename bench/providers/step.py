@@ -85,6 +85,14 @@ class StepProvider:
     """By device type: what this form was thought to bring beyond what the cost model counts, as a
     factor, written down before measuring."""
 
+    def expected_gain(self, device: str) -> float:
+        """Return the factor that this form was thought to bring on a device, savings included."""
+        kind, gain = device.partition(":")[0], 1.0
+        if self.method != "linear":
+            for saving, gains in _GAINS.items():
+                gain *= gains.get(kind, 1.0) if getattr(self.savings, saving) else 1.0
+        return gain * self.expected.get(kind, 1.0)
+
 
 _PLAIN = Savings.none()
 _FROZEN = replace(_PLAIN, frozen_backbone=True)
@@ -93,10 +101,16 @@ _SAVINGS = {
     "gate_bits": "selection as bits",
     "prompt_keys_only": "prompts as keys only",
     "prompt_kv_once": "prompts projected once",
+    "prompt_kv_stacked": "one product for the prompts of all blocks",
     "last_block_head_rows": "head's rows in the last block",
     "skip_input_gradient": "no gradient of the input",
 }
 """Field of `Savings` -> what it is called, in the order in which the ladder takes them."""
+
+
+_GAINS = {"prompt_kv_stacked": {"cpu": 1.05, "cuda": 1.005}}
+"""Field of `Savings` -> by device type, what it was thought to bring beyond what the cost model
+counts, as a factor, written down before measuring."""
 
 
 def providers(precision: str, device: str) -> list[StepProvider]:
