@@ -113,4 +113,4 @@ def predicted_speed(
     if base is None or own is None:
         return None
     speed = base.seconds(ceilings[first.precision]) / own.seconds(ceilings[provider.precision])
-    return speed * provider.expected_gain(case.device)
+    return speed * provider.expected_gain(case)

@@ -85,10 +85,11 @@ class StepProvider:
     """By device type: what this form was thought to bring beyond what the cost model counts, as a
     factor, written down before measuring."""
 
-    def expected_gain(self, device: str) -> float:
-        """Return the factor that this form was thought to bring on a device, savings included."""
-        kind, gain = device.partition(":")[0], 1.0
-        if self.method != "linear":
+    def expected_gain(self, case: StepCase) -> float:
+        """Return the factor that this form was thought to bring to a step, savings included."""
+        kind, gain = case.device.partition(":")[0], 1.0
+        # An evaluation keeps what it projected.
+        if self.method != "linear" and case.mode == "train":
             for saving, gains in _GAINS.items():
                 gain *= gains.get(kind, 1.0) if getattr(self.savings, saving) else 1.0
         return gain * self.expected.get(kind, 1.0)
