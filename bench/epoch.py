@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from ..cli import choose_device, command
-from .epoch_data import SOURCES, Cache, batches, write_photos
+from ..train.data.speed import cached_photos, write_photos
+from .epoch_data import SOURCES, Cached, Files, Pair, Source
 from .providers.step import StepCase, StepProvider, build_model, loss_of, providers, run_model
 from .results import Provenance, Results, Row, make_rows, provenance
 from .step import choose
@@ -37,8 +38,6 @@ from .timing import Quantiles
 
 TRAIN_IMAGES, TEST_IMAGES = 5394, 5794
 """CUB-200-2011 as the official code splits it: 90 % of the training part, and the test part."""
-
-Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +56,9 @@ class Rate:
 def measure(
     case: StepCase,
     chosen: Sequence[StepProvider],
-    data: dict[str, list[Path] | Cache],
+    data: dict[str, Source],
     *,
     rounds: int,
-    workers: int,
 ) -> Iterator[Rate]:
     """Measure every method with every source, training and test apart.
 
@@ -69,7 +67,6 @@ def measure(
         chosen: the methods.
         data: images by source.
         rounds: passes over the images for every figure.
-        workers: processes that read files.
 
     Yields:
         One rate per mode, source and method.
@@ -79,28 +76,27 @@ def measure(
     alone: dict[tuple[str, str], list[float]] = {}
     for mode, (source, images) in itertools.product(("train", "eval"), data.items()):
 
-        def epoch(source: str = source, images: Any = images, mode: str = mode) -> Iterator[Batch]:
-            options = {"batch": case.batch, "workers": workers, "train": mode == "train"}
-            return batches(source, images, device, **options)
+        def epoch(number: int, images: Source = images, mode: str = mode) -> Iterator[Pair]:
+            return images.epoch(number, train=mode == "train")
 
-        first = next(iter(epoch()))
+        first = next(iter(epoch(0)))
         if (mode, chosen[0].name) not in alone:
             # Where its images come from is nothing to the model.
             alone |= _rates_alone(runners, mode, first, rounds)
         together: dict[str, list[float]] = {name: [] for name in runners}
         pipeline = []
-        for _ in range(rounds):
-            pipeline.append(images_per_second(epoch(), None, device))
+        for number in range(rounds):
+            pipeline.append(images_per_second(epoch(number), None, device))
             for name, runner in runners.items():
                 runner.use(mode)
-                together[name].append(images_per_second(epoch(), runner.run, device))
+                together[name].append(images_per_second(epoch(number), runner.run, device))
         for p in chosen:
             rates = together[p.name], pipeline, alone[mode, p.name]
             yield Rate(p.name, p.precision, source, mode, *rates)
 
 
 def _rates_alone(
-    runners: dict[str, "Runner"], mode: str, batch: Batch, rounds: int
+    runners: dict[str, "Runner"], mode: str, batch: Pair, rounds: int
 ) -> dict[tuple[str, str], list[float]]:
     """Return the rates of the methods with a batch that is there already; warms all of them up."""
     rates: dict[tuple[str, str], list[float]] = {(mode, name): [] for name in runners}
@@ -114,7 +110,7 @@ def _rates_alone(
 
 
 def images_per_second(
-    epoch: Iterable[Batch], run: Callable[[Tensor, Tensor], Any] | None, device: torch.device
+    epoch: Iterable[Pair], run: Callable[[Tensor, Tensor], Any] | None, device: torch.device
 ) -> float:
     """Go through batches, with the model or without, and return the rate."""
     count, start = 0, time.perf_counter()
@@ -238,14 +234,17 @@ def main(argv: list[str] | None = None) -> int:
     found: list[Rate] = []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as at_end:
         at_end.callback(lambda: found and print(table(found, options.images)))
-        paths = write_photos(Path(folder), options.images)
-        cache = Cache.of(paths) if set(sources) - {"disk"} else None
-        data: dict[str, Any] = {"disk": paths, "cache": cache}
-        if "device" in sources and cache is not None:
-            data["device"] = cache.to(device)
-        data = {source: data[source] for source in sources}
-        measured = measure(case, chosen, data, rounds=options.rounds, workers=options.workers)
-        for rate in measured:
+        photos = Path(folder) / "photos"
+        photos.mkdir()
+        paths = write_photos(photos, options.images)
+        data: dict[str, Source] = {}
+        for source in sources:
+            if source == "disk":
+                data[source] = Files(paths, device, batch=case.batch, workers=options.workers)
+            else:
+                split, resident = cached_photos(paths, Path(folder) / "cache"), source == "device"
+                data[source] = Cached(split, device, batch=case.batch, resident=resident)
+        for rate in measure(case, chosen, data, rounds=options.rounds):
             found.append(rate)
             results.add(rows_of(case, rate, options.images, where))
     return 0

@@ -7,9 +7,10 @@ from PIL import Image
 from tcpa.bench import __main__ as cli
 from tcpa.bench import epoch
 from tcpa.bench.epoch import Rate, rows_of, table
-from tcpa.bench.epoch_data import CROP, Cache, Photos, batches, crop, normalise, write_photos
+from tcpa.bench.epoch_data import Cached, Files
 from tcpa.bench.providers.step import StepCase
 from tcpa.bench.results import load, provenance
+from tcpa.train.data.speed import cached_photos, write_photos
 
 CPU = torch.device("cpu")
 
@@ -19,44 +20,41 @@ def photos(tmp_path_factory):
     return write_photos(tmp_path_factory.mktemp("photos"), 3)
 
 
+def sources(photos, folder):
+    split = cached_photos(photos, folder / "cache")
+    return [
+        Files(photos, CPU, batch=2, workers=0),
+        Cached(split, CPU, batch=2, resident=False),
+        Cached(split, CPU, batch=2, resident=True),
+    ]
+
+
 def test_photos_are_jpegs_of_the_promised_size(photos):
     with Image.open(photos[1]) as picture:
         assert picture.format == "JPEG" and picture.size == (500, 375)
         assert np.asarray(picture).std() > 10
 
 
-def test_cache_and_files_give_the_same_test_images(photos):
-    cache = Cache.of(photos)
-    assert cache.pixels.shape == (3, 3, 256, 341) and cache.pixels.dtype == torch.uint8
-    options = {"batch": 2, "train": False, "workers": 0}
-    from_disk = list(batches("disk", photos, CPU, **options))
-    from_cache = list(batches("cache", cache, CPU, **options))
-    assert [len(images) for images, _ in from_disk] == [2, 1]
-    for (a, label), (b, same) in zip(from_disk, from_cache, strict=True):
-        assert torch.equal(a, b) and torch.equal(label, same)
+def test_all_sources_give_the_same_test_images(photos, tmp_path):
+    from_disk, *others = (list(s.epoch(0, train=False)) for s in sources(photos, tmp_path))
+    assert [images.shape for images, _ in from_disk] == [(2, 3, 224, 224), (1, 3, 224, 224)]
+    for other in others:
+        for (a, label), (b, same) in zip(from_disk, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+            assert torch.equal(label, same)
 
 
-def test_crops_and_flips_are_those_of_the_pixels(photos):
-    pixels = Cache.of(photos).pixels
-    top, left = torch.tensor([3, 32, 0]), torch.tensor([117, 0, 50])
-    flip = torch.tensor([True, False, True])
-    cut = crop(pixels, top, left, flip)
-    for index in range(3):
-        y, x = int(top[index]), int(left[index])
-        expected = pixels[index, :, y : y + CROP, x : x + CROP]
-        expected = expected.flip(-1) if flip[index] else expected
-        assert torch.equal(cut[index], expected)
-    assert normalise(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
-
-
-def test_training_draws_crops_and_leaves_out_a_small_last_batch(photos):
+def test_training_draws_crops_and_order_and_leaves_nothing_out(photos, tmp_path):
     torch.manual_seed(0)
-    cache = Cache.of(photos)
-    for data, source in ((photos, "disk"), (cache, "cache")):
-        drawn = list(batches(source, data, CPU, batch=2, train=True, workers=0))
-        assert [images.shape for images, _ in drawn] == [(2, 3, CROP, CROP)]
-    picture, _ = Photos(photos, train=True)[0]
-    assert not torch.equal(picture, Photos(photos, train=True)[0][0])
+    for source in sources(photos, tmp_path):
+        epochs = [list(source.epoch(number, train=True)) for number in range(4)]
+        labels = [torch.cat([label for _, label in epoch]).tolist() for epoch in epochs]
+        assert all(sorted(seen) == [0, 1, 2] for seen in labels)
+        first = [
+            torch.cat([images for images, _ in epoch])[seen.index(0)]
+            for epoch, seen in zip(epochs, labels, strict=True)
+        ]
+        assert any(not torch.equal(first[0], other) for other in first[1:])
 
 
 def test_the_command_measures_every_source_and_mode(tmp_path, capsys):

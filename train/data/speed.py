@@ -71,17 +71,17 @@ def write_photos(folder: Path, count: int, seed: int = 0) -> list[Path]:
     return paths
 
 
-class _Photos(Dataset):
-    """Files one at a time, as the official code reads them."""
+class PhotoFiles(Dataset):
+    """Files one at a time, as the official code reads them; with `train` at random crops."""
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: list[Path], *, train: bool = True) -> None:
         self._paths = paths
+        random = [transforms.RandomCrop(224), transforms.RandomHorizontalFlip(0.5)]
         # torchvision declares that the image stays one; the list ends in tensors.
         self._transform: Any = transforms.Compose(
             [
                 transforms.Resize(RESIZE),
-                transforms.RandomCrop(224),
-                transforms.RandomHorizontalFlip(0.5),
+                *(random if train else [transforms.CenterCrop(224)]),
                 transforms.ToTensor(),
                 transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
             ]
@@ -93,6 +93,14 @@ class _Photos(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         with Image.open(self._paths[index]) as picture:
             return self._transform(picture.convert("RGB")), index % CLASSES
+
+
+def cached_photos(paths: list[Path], cache: Path) -> CachedSplit:
+    """Decode photos of one folder into a cache; classes go round."""
+    pool = FilePool(paths[0].parent, [path.name for path in paths])
+    rows = np.arange(len(paths))
+    names = [str(label) for label in range(CLASSES)]
+    return CachedSplit(build_cache(pool, cache, "photos"), rows, rows % CLASSES, names, {})
 
 
 def measure_input(
@@ -119,13 +127,10 @@ def measure_input(
         photos.mkdir()
         paths = write_photos(photos, images)
         started = time.perf_counter()
-        pool = FilePool(photos, [path.name for path in paths])
-        cache = build_cache(pool, Path(temporary) / "cache", "photos")
+        cached = cached_photos(paths, Path(temporary) / "cache")
         build_seconds = time.perf_counter() - started
-        rows = np.arange(images)
-        names = [str(label) for label in range(CLASSES)]
         batches = Batches(
-            CachedSplit(cache, rows, rows % CLASSES, names, {}),
+            cached,
             batch_size=batch_size,
             transform=Transform(train=True),
             device=device,
@@ -133,7 +138,7 @@ def measure_input(
             shuffle=True,
         )
         loader = DataLoader(
-            _Photos(paths),
+            PhotoFiles(paths),
             batch_size=batch_size,
             shuffle=True,
             num_workers=workers,
