@@ -6,6 +6,7 @@ W = ceil(P / 32) gate words.
 """
 
 from .build import create_model, wrap
+from .capture import BlockRecord, Capture
 from .config import HTA_DATASETS, PromptConfig, Savings, TCPAConfig, VPTConfig
 from .dispatch import choose_impl
 from .model import Normalization, PromptedViT
@@ -25,6 +26,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "HTA_DATASETS",
+    "BlockRecord",
+    "Capture",
     "Normalization",
     "PromptConfig",
     "PromptedViT",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import blocks
+from .capture import Recorder
 from .config import Savings
 from .dispatch import Impl
 from .ops import gated_attention
@@ -41,6 +42,7 @@ class BlockSettings:
     normalize_over: NormalizeOver = "all"
     impl: Impl = "auto"
     savings: Savings = field(default_factory=Savings)
+    recorder: Recorder | None = None
 
 
 def run_block(
@@ -146,9 +148,14 @@ def _attend(
     if prompt_kv is None:
         nothing = k.new_empty((0, *k.shape[2:]))
         prompt_kv = PromptKV(nothing, nothing)
+    recorder = settings.recorder
+    if recorder is not None:
+        recorder.gate(gate, len(q))
     if rows is not None:
         q, gate = q[:, :rows], None if gate is None else gate[:, :rows]
     options = {"scale": attn.scale, "normalize_over": settings.normalize_over}
+    if recorder is not None:
+        recorder.attention(q, k, prompt_kv.keys, gate, **options)
     if gate is None or settings.savings.gate_bits:
         return gated_attention(q, k, v, *prompt_kv, gate, impl=settings.impl, **options)
     return dense_gated_attention(q, k, v, *prompt_kv, gate, q_prompt=q_prompt, **options)

@@ -10,7 +10,8 @@ import functools
 import logging
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import blocks
+from .capture import Capture
 from .checks import require, require_bool, require_int, require_shape, require_tensor
 from .config import PromptConfig, Savings, TCPAConfig, VPTConfig
 from .dispatch import Impl, autocast_dtype, choose_impl
@@ -90,6 +92,7 @@ class PromptedViT(nn.Module):
         self._random_selection = self._random_epochs > 0
         self._knows_epoch = False
         self._recompute = False
+        self._capture: Capture | None = None
         self._kv_cache = ParameterCache[list[PromptKV]]()
         self._stack_cache = ParameterCache[StackedProjections | None]()
         self._build_prompts()
@@ -304,6 +307,47 @@ class PromptedViT(nn.Module):
             self.train(was_training)
         return [cast(Tensor, gate).expand(len(images), -1, -1) for gate in gates]
 
+    @contextmanager
+    def capture(
+        self,
+        *,
+        blocks: Sequence[int] | None = None,
+        queries: Sequence[int] | None = None,
+        attention: bool = True,
+        features: bool = False,
+    ) -> Iterator[Capture]:
+        """Record what the blocks do, without changing the result.
+
+        with model.capture() as record: model(images) leaves in `record[block]` the gate and the
+        attention probabilities of that pass, computed from its own queries, keys and gate, prompts
+        included. A further pass replaces them.
+
+        Args:
+            blocks: which blocks, negative ones from the end; all by default.
+            queries: for which tokens; by default for all that a block computes. `model(images)`
+                computes in the last block only the tokens that the head reads,
+                `model.forward_features(images)` all of them.
+            attention: record probabilities, `[B, H, Q, L + P]` per block; False for the gates only.
+            features: record the tokens before and after each block too.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit.
+            RuntimeError: another capture of this model is open, or the pass is compiled.
+        """
+        if self._capture is not None:
+            raise RuntimeError(
+                "capture: got a second one while the first is open, expected one at a time; leave "
+                "the first `with` block, or read its record"
+            )
+        depth = len(self.backbone.blocks)
+        self._capture = record = Capture(
+            depth, blocks=blocks, queries=queries, attention=attention, features=features
+        )
+        try:
+            yield record
+        finally:
+            self._capture = None
+
     def _run_blocks(
         self, images: Tensor, head_rows: int | None
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
@@ -313,6 +357,8 @@ class PromptedViT(nn.Module):
         if not torch.compiler.is_compiling():
             self._check_use()
         x, ropes = blocks.embed_images(self.backbone, self.image_prompt(images))
+        if self._capture is not None:
+            self._capture.begin(x.shape[1])
         if torch.is_grad_enabled() and not (self.savings.skip_input_gradient or x.requires_grad):
             x = x.requires_grad_()
         num_tokens, last = x.shape[1], len(ropes) - 1
@@ -332,12 +378,15 @@ class PromptedViT(nn.Module):
             )
             block_prompts = None if prompts is None else prompts[index]
             block_kv = None if prompt_kv is None else prompt_kv[index]
+            before = x
             if self._recompute and torch.is_grad_enabled():
                 x, delta, gate = checkpoint(block, x, block_prompts, block_kv, use_reentrant=False)
             else:
                 x, delta, gate = block(x, block_prompts, block_kv)
             distance = distance if delta is None else distance + delta
             gates.append(gate)
+            if self._capture is not None:
+                self._capture.tokens(index, before, x)
         return (x[:, :num_tokens] if self._is_shallow else x), distance, gates
 
     def _check_use(self) -> None:
@@ -375,11 +424,13 @@ class PromptedViT(nn.Module):
         gate, distance, normed = self._match(index, x, norm)
         if noise > 0:
             x = x + noise * torch.randn_like(x)
+        capture, patches = self._capture, slice(self.backbone.num_prefix_tokens, num_tokens)
         settings = BlockSettings(
-            patches=slice(self.backbone.num_prefix_tokens, num_tokens),
+            patches=patches,
             normalize_over=config.normalize_over if isinstance(config, TCPAConfig) else "all",
             impl=self.impl,
             savings=self.savings,
+            recorder=None if capture is None else capture.recorder(index, patches),
         )
         block = self.backbone.blocks[index]
         if self.tokens is not None and prompts is not None and not self.savings.prompt_keys_only:
