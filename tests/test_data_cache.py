@@ -3,8 +3,10 @@
 import errno
 import json
 import os
+import re
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +19,21 @@ from dataset_trees import picture, write_tree
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tcpa.train.data import building
+from tcpa.train.data import building, decoding
 from tcpa.train.data.building import build_cache
-from tcpa.train.data.cache import ABOUT, INDEX, PIXELS, open_cache, planes, resized, resized_size
+from tcpa.train.data.cache import (
+    ABOUT,
+    INDEX,
+    PIXELS,
+    VERIFIED,
+    Cache,
+    DamagedCache,
+    note_verified,
+    open_cache,
+    planes,
+    resized,
+    resized_size,
+)
 from tcpa.train.data.cached import default_cache, open_cached
 from tcpa.train.data.pools import FilePool
 from tcpa.train.data.splits import open_split
@@ -194,7 +208,7 @@ def test_a_full_disk_in_the_file_system(pool, tmp_path, small_chunks) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(caught.value) == (
         f"{folder}/x-32.building: got an error of the disk (File too large), expected room for the "
-        "cache; make room or choose another folder, what is done is kept"
+        "cache; make room or choose another folder with --cache, what is done is kept"
     )
     open_cache(kept.folder).check()
     assert_equal(build_cache(pool, folder, "x", resize=32), pool, 32)
@@ -202,7 +216,7 @@ def test_a_full_disk_in_the_file_system(pool, tmp_path, small_chunks) -> None:
 
 def test_a_disk_that_fills_up_while_decoding(pool, tmp_path, small_chunks, monkeypatch) -> None:
     folder = tmp_path / "cache"
-    fill = building._fill
+    fill = decoding._fill
 
     def full(resize, path, chunk):
         if chunk.start >= 4:
@@ -210,7 +224,7 @@ def test_a_disk_that_fills_up_while_decoding(pool, tmp_path, small_chunks, monke
         return fill(resize, path, chunk)
 
     with monkeypatch.context() as patch:
-        patch.setattr(building, "_fill", full)
+        patch.setattr(decoding, "_fill", full)
         with pytest.raises(UsageError, match=r"x-32.building: got an error of the disk \(No space"):
             build_cache(pool, folder, "x", resize=32)
     lines = (folder / "x-32.building/journal.jsonl").read_text().split()
@@ -224,33 +238,141 @@ def test_a_folder_that_cannot_be_written(pool, tmp_path) -> None:
         build_cache(pool, tmp_path / "file" / "cache", "x", resize=32)
 
 
-@pytest.mark.parametrize(
-    ("file", "told"),
-    [
-        (PIXELS, r"pixels.bin: got [\d,]+ bytes instead of [\d,]+, expected the cache as it was"),
-        (INDEX, r"(cache.json: got a cache that cannot be read|index.safetensors: got another)"),
-        (ABOUT, r"cache.json: got a cache that cannot be read \(JSONDecodeError"),
-    ],
-)
-def test_a_damaged_cache_is_told(file, told, pool, tmp_path) -> None:
+def alter(path: Path, place: int) -> None:
+    """Change one byte and nothing else that a listing shows."""
+    times = path.stat()
+    with path.open("r+b") as stream:
+        stream.seek(place)
+        value = stream.read(1)[0]
+        stream.seek(place)
+        stream.write(bytes([value ^ 1]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def alter_setting(path: Path, name: str, value: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+
+
+DAMAGES = {
+    "a byte": (
+        lambda folder: alter(folder / PIXELS, 5),
+        r"pixels.bin: got other bytes between 0 and [\d,]+ than were written",
+        [0, 1, 2, 3],
+    ),
+    "two chunks": (
+        lambda folder: (alter(folder / PIXELS, 5), alter(folder / PIXELS, -1 + 12 * 3 * 256)),
+        r"pixels.bin: got other bytes between 0 and [\d,]+ and in 1 more places than",
+        None,
+    ),
+    "the end": (
+        lambda folder: truncate(folder / PIXELS),
+        r"pixels.bin: got [\d,]+ bytes instead of [\d,]+, expected the cache as it was built",
+        [4, 5, 6, 7, 8, 9, 10, 11],
+    ),
+    "no pixels": (
+        lambda folder: (folder / PIXELS).unlink(),
+        r"cache.json: got a cache that cannot be read \(FileNotFoundError",
+        [*range(12)],
+    ),
+    "the index": (
+        lambda folder: truncate(folder / INDEX),
+        r"(cache.json: got a cache that cannot be read|index.safetensors: got another)",
+        [],
+    ),
+    "the settings": (
+        lambda folder: truncate(folder / ABOUT),
+        r"cache.json: got a cache that cannot be read \(JSONDecodeError",
+        [*range(12)],
+    ),
+    "another size": (
+        lambda folder: alter_setting(folder / ABOUT, "resize", 15),
+        r"cache.json: got settings that are not those of the cache",
+        [],
+    ),
+    "another kind": (
+        lambda folder: alter_setting(folder / ABOUT, "small", True),
+        r"cache.json: got settings that are not those of the cache",
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_cache_is_told_and_mended(
+    damage, pool, tmp_path, small_chunks, monkeypatch, capsys
+) -> None:
+    """Never used as it is; only the chunks that are damaged are decoded again."""
+    hurt, told, again = damage
     cache = build_cache(pool, tmp_path / "cache", "x", resize=16)
-    truncate(cache.folder / file)
-    with pytest.raises(UsageError, match=told) as caught:
-        build_cache(pool, tmp_path / "cache", "x", resize=16)
-    assert f"remove the folder {cache.folder}" in str(caught.value)
+    hurt(cache.folder)
+    decoded, load = [], FilePool.load
+    monkeypatch.setattr(FilePool, "load", lambda self, n: decoded.append(n) or load(self, n))
+    mended = build_cache(pool, tmp_path / "cache", "x", resize=16)
+    assert again is None or sorted(decoded) == again
+    assert mended.folder == cache.folder and mended.verified
+    assert_equal(mended, pool, 16)
+    mended.check()
+    warning = capsys.readouterr().err
+    assert re.match(f"warning: {re.escape(str(cache.folder))}/{told}", warning)
+    assert warning.endswith("; what is damaged is decoded again\n") and warning.count("\n") == 1
+    assert not list((tmp_path / "cache").glob("*.building"))
 
 
-def test_check_finds_one_altered_byte(pool, tmp_path, small_chunks) -> None:
+def test_a_cache_is_compared_again_only_when_it_was_touched(pool, tmp_path, monkeypatch) -> None:
+    cache = build_cache(pool, tmp_path / "cache", "x", resize=16)
+    compared, check = [], Cache.check
+    monkeypatch.setattr(Cache, "check", lambda self: compared.append(1) or check(self))
+    assert build_cache(pool, tmp_path / "cache", "x", resize=16).folder == cache.folder
+    assert not compared
+    # Touched, but the same; a copy from elsewhere; a record that is damaged.
+    for touch in (
+        lambda: os.utime(cache.folder / PIXELS),
+        lambda: shutil.move(shutil.copy(cache.folder / PIXELS, tmp_path), cache.folder / PIXELS),
+        lambda: (cache.folder / VERIFIED).write_text("[]"),
+        lambda: (cache.folder / VERIFIED).unlink(),
+    ):
+        touch()
+        for _ in range(2):
+            assert build_cache(pool, tmp_path / "cache", "x", resize=16).verified
+        assert compared.pop() and not compared
+
+
+def test_check_finds_what_no_stamp_shows(pool, tmp_path, small_chunks) -> None:
+    """Bits that turn on the disk change no time of change."""
     cache = build_cache(pool, tmp_path / "cache", "x", resize=16)
     cache.check()
-    with (cache.folder / PIXELS).open("r+b") as stream:
-        stream.seek(-1, os.SEEK_END)
-        last = stream.read(1)[0]
-        stream.seek(-1, os.SEEK_END)
-        stream.write(bytes([last ^ 1]))
+    alter(cache.folder / PIXELS, cache.about["bytes"] - 1)
+    note_verified(cache.folder)
     size = cache.about["bytes"]
-    with pytest.raises(UsageError, match=rf"pixels.bin: got other bytes between .* and {size:,} "):
-        open_cache(cache.folder).check()
+    found = open_cache(cache.folder)
+    assert found.verified
+    with pytest.raises(DamagedCache, match=rf"pixels.bin: got other bytes between .* {size:,} "):
+        found.check()
+
+
+def test_a_cache_for_reading_only_is_compared_every_time(pool, tmp_path, monkeypatch) -> None:
+    cache = build_cache(pool, tmp_path / "cache", "x", resize=16)
+    (cache.folder / VERIFIED).unlink()
+    monkeypatch.setattr(building.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(building, "FileLock", lambda path: pytest.fail("wrote a lock"))
+    assert build_cache(pool, tmp_path / "cache", "x", resize=16).folder == cache.folder
+    (cache.folder / VERIFIED).unlink()
+    alter(cache.folder / PIXELS, 5)
+    with pytest.raises(UsageError, match=r"remove the folder .*x-16-\w+ and it is built anew"):
+        build_cache(pool, tmp_path / "cache", "x", resize=16)
+
+
+def test_caches_of_images_that_changed_are_told(pool, tmp_path, capsys) -> None:
+    folder = tmp_path / "cache"
+    old = build_cache(pool, folder, "x", resize=16)
+    build_cache(pool, folder, "x", resize=20)
+    assert capsys.readouterr().err == ""
+    os.utime(pool.folder / "00.jpg", ns=(1, 1))
+    build_cache(pool, folder, "x", resize=16)
+    told = capsys.readouterr().err
+    assert "0.00 GB decoded from other states of these images" in told
+    assert told.endswith(f"free the room: rm -r {old.folder}\n")
+    open_cache(old.folder).check()
 
 
 BUILDER = """
@@ -313,8 +435,25 @@ def test_two_builders_and_a_kill(pool, tmp_path, monkeypatch) -> None:
     assert about["images"] == 12
 
 
+def test_processes_that_share_a_damaged_cache_mend_it_once(pool, tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(building, "CHUNK", 4)
+    cache = build_cache(pool, folder, "x", resize=32)
+    alter(cache.folder / PIXELS, 5)
+    with start_builder(pool, folder, -1) as first, start_builder(pool, folder, -1) as second:
+        printed = [builder.communicate(timeout=120)[0].decode() for builder in (first, second)]
+    assert [text.count(f"finished {cache.folder.name}") for text in printed] == [1, 1]
+    # One decodes the one chunk, the other finds it mended.
+    assert "".join(printed).count("12\n") == 1
+    found = build_cache(pool, folder, "x", resize=32)
+    assert_equal(found, pool, 32)
+    found.check()
+    # Who had it mapped all the time sees the right pixels now.
+    assert_equal(cache, pool, 32)
+
+
 def test_a_worker_that_is_killed(pool, tmp_path, small_chunks, monkeypatch) -> None:
-    monkeypatch.setattr(building, "_open_pool", kill_worker)
+    monkeypatch.setattr(decoding, "_start_worker", kill_worker)
     with pytest.raises(UsageError, match=r"x-32.building: a process that decoded images was ended"):
         build_cache(pool, tmp_path / "cache", "x", resize=32, workers=2)
     monkeypatch.undo()

@@ -1,5 +1,6 @@
 """Files that last: written beside their place, flushed to disk, moved into it; full disks told."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -93,12 +94,13 @@ def cannot_write(path: Path, error: OSError) -> UsageError:
 
 
 @contextmanager
-def disk_errors(path: Path, content: str) -> Iterator[None]:
+def disk_errors(path: Path, content: str, option: str = "--data") -> Iterator[None]:
     """Tell of a full or read-only disk in one line.
 
     Args:
         path: what was being written.
         content: what it was to hold.
+        option: the option that chooses another folder.
     """
     try:
         yield
@@ -106,7 +108,10 @@ def disk_errors(path: Path, content: str) -> Iterator[None]:
         # The reader of the progress is gone.
         raise
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        expected = f"room for {content}" if full else f"a folder for {content} to be written to"
+        remedy = f"make room or choose another folder with {option}" if full else f"set {option}"
         raise UsageError(
-            f"{path}: got an error of the disk ({error.strerror or error}), expected room for "
-            f"{content}; make room or choose another folder, what is done is kept"
+            f"{path}: got an error of the disk ({error.strerror or error}), expected {expected}; "
+            f"{remedy}, what is done is kept"
         ) from None

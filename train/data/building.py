@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import shlex
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,36 +24,31 @@ from .cache import (
     PIXELS,
     RESIZE,
     Cache,
-    hash_range,
+    DamagedCache,
     keep_small,
+    note_verified,
     open_cache,
-    planes,
-    resized,
     resized_size,
 )
+from .decoding import Chunk
 from .pools import Pool, fingerprint
+from .unfinished import JOURNAL, Progress, decode_rest, decoded, reserve, take_over
 
 CHUNK = 256
 """Images that one task decodes: about 50 MB, what a kill can cost each process."""
 
-JOURNAL = "journal.jsonl"
-MAX_WORKERS = 16
-IMAGES_PER_WORKER = 1000
-"""A process takes seconds to start; fewer images are decoded faster without one more."""
-
-Progress = Callable[[int, int], None]
-"""Called with the images done and all images."""
+Warn = Callable[[str], None]
+"""Called with a line for the user."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Images start..stop - 1, their place in the file, and a key of what they are made from."""
+def warn_user(line: str) -> None:
+    """Print a line where errors go."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
-    start: int
-    stop: int
-    offset: int
-    bytes: int
-    key: str
+
+def cache_key(stamps: list[str], resize: int) -> str:
+    """Return what the name of a cache ends in: it changes with the files of the images."""
+    return fingerprint([f"format {FORMAT}, resize {resize}", *stamps])
 
 
 def build_cache(
@@ -64,8 +59,12 @@ def build_cache(
     resize: int = RESIZE,
     workers: int | None = None,
     progress: Progress | None = None,
+    warn: Warn = warn_user,
 ) -> Cache:
     """Return the cache of a pool, building it if it is not there.
+
+    A cache whose pixels were touched since they were last compared with their checksums is
+    compared again; what is damaged is decoded again.
 
     Args:
         pool: the images.
@@ -73,8 +72,9 @@ def build_cache(
             depends on names, sizes and times of change of the files.
         label: what to call it.
         resize: shorter side, pixels.
-        workers: processes; None: one for 1000 images, at most one for each core and 16.
+        workers: see `decode`.
         progress: see `Progress`.
+        warn: is told of a damaged cache, and of caches that this one replaces.
 
     Raises:
         UsageError: an image is missing or broken, or the disk is full; names the file. Chunks
@@ -83,237 +83,142 @@ def build_cache(
     if resize < 1:
         raise UsageError(f"resize: got {resize}, expected pixels, 1 or more; 256 is the default")
     stamps = pool.stamps()
-    key = fingerprint([f"format {FORMAT}, resize {resize}", *stamps])
-    target = folder / f"{label}-{resize}-{key}"
-    if target.exists():
-        return open_cache(target)
+    target = folder / f"{label}-{resize}-{cache_key(stamps, resize)}"
+    found = _open_verified(target)
+    if found is not None:
+        return found
+    if target.exists() and not os.access(folder, os.W_OK):
+        # Somebody else's cache, for reading only.
+        found = open_cache(target)
+        found.check()
+        return found
     staging = folder / f"{label}-{resize}.building"
-    with disk_errors(staging, "the cache"):
+    with disk_errors(staging, "the cache", "--cache"):
         folder.mkdir(parents=True, exist_ok=True)
         # The lock ends with its process, however that ends.
         with FileLock(folder / f"{label}-{resize}.lock"):
-            if not target.exists():
-                _build(pool, stamps, staging, target, key, resize, workers, progress)
-    return open_cache(target)
+            # Another process may have built or compared it meanwhile.
+            found = _open_verified(target) or _open_checked(target, warn)
+            if found is None:
+                _Build(pool, stamps, resize, staging, target).carry_out(workers, progress)
+                _tell_replaced(target, warn)
+    return found or open_cache(target)
 
 
-def _build(
-    pool: Pool,
-    stamps: list[str],
-    staging: Path,
-    target: Path,
-    key: str,
-    resize: int,
-    workers: int | None,
-    progress: Progress | None,
-) -> None:
-    staging.mkdir(exist_ok=True)
-    with ThreadPoolExecutor(8) as threads:
-        sizes = list(threads.map(pool.size, range(len(pool))))
-    scaled = np.array([resized_size(*size, resize) for size in sizes], np.int64)
-    small = keep_small(np.array(sizes), scaled)
-    kept = np.array(sizes, np.int64) if small else scaled
-    ends = np.cumsum(3 * kept.prod(1))
-    offsets = np.concatenate([[0], ends[:-1]]).astype(np.int64)
-    total = int(ends[-1])
-    chunks = [
-        Chunk(
-            start,
-            stop := min(start + CHUNK, len(pool)),
-            int(offsets[start]),
-            int(ends[stop - 1] - offsets[start]),
-            fingerprint([str(offsets[start]), *stamps[start:stop], *map(str, kept[start:stop])]),
+def _open_verified(target: Path) -> Cache | None:
+    try:
+        cache = open_cache(target)
+    except DamagedCache:
+        return None
+    return cache if cache.verified else None
+
+
+def _open_checked(target: Path, warn: Warn) -> Cache | None:
+    """Return a cache once its checksums are compared; None if it is not there or damaged."""
+    if not target.exists():
+        return None
+    try:
+        cache = open_cache(target)
+        cache.check()
+    except DamagedCache as error:
+        warn(f"{error.what}; what is damaged is decoded again")
+        return None
+    return cache
+
+
+def _tell_replaced(target: Path, warn: Warn) -> None:
+    """Tell of caches of the same images as they were before; somebody may still read them."""
+    prefix = target.name.rpartition("-")[0]
+    others = sorted(path for path in target.parent.glob(f"{prefix}-*") if path != target)
+    if others:
+        total = sum(file.stat().st_size for path in others for file in path.glob("*"))
+        command = shlex.join(["rm", "-r", *map(str, others)])
+        warn(
+            f"{target.parent} also holds {total / 1e9:.2f} GB decoded from other states of these "
+            f"images; unless a run still reads them, free the room: {command}"
         )
-        for start in range(0, len(pool), CHUNK)
-    ]
-    _reserve(staging / PIXELS, total)
-    done = _decoded(staging, chunks)
-    left = [chunk for chunk in chunks if chunk.key not in done]
-    _decode(pool, None if small else resize, staging, left, done, workers, progress)
-    index = save_safetensors(
-        # safetensors writes the memory of an array, whatever its strides.
-        {
-            "offsets": offsets,
-            "widths": kept[:, 0].copy(),
-            "heights": kept[:, 1].copy(),
-            "scaled_widths": scaled[:, 0].copy(),
-            "scaled_heights": scaled[:, 1].copy(),
+
+
+@dataclass(frozen=True, slots=True)
+class _Build:
+    """One cache to be made."""
+
+    pool: Pool
+    stamps: list[str]
+    resize: int
+    staging: Path
+    target: Path
+
+    def carry_out(self, workers: int | None, progress: Progress | None) -> None:
+        with ThreadPoolExecutor(8) as threads:
+            sizes = np.array(list(threads.map(self.pool.size, range(len(self.pool)))), np.int64)
+        scaled = np.array([resized_size(*size, self.resize) for size in sizes.tolist()], np.int64)
+        small = keep_small(sizes, scaled)
+        kept = sizes if small else scaled
+        chunks = self._chunks(kept)
+        if self.target.exists():
+            take_over(self.target, self.staging, chunks)
+        self.staging.mkdir(exist_ok=True)
+        reserve(self.staging / PIXELS, chunks[-1].offset + chunks[-1].bytes)
+        done = decoded(self.staging, chunks)
+        left = [chunk for chunk in chunks if chunk.key not in done]
+        resize = None if small else self.resize
+        decode_rest(self.pool, resize, self.staging, left, done, workers, progress)
+        self._finish(chunks, done, kept, scaled, small)
+
+    def _chunks(self, kept: np.ndarray) -> list[Chunk]:
+        """Divide the images; `kept` has widths and heights, int64 `[N, 2]`."""
+        bounds = np.concatenate([[0], np.cumsum(3 * kept.prod(1))]).tolist()
+        chunks = []
+        for start in range(0, len(self.pool), CHUNK):
+            stop = min(start + CHUNK, len(self.pool))
+            texts = [str(bounds[start]), *self.stamps[start:stop], *map(str, kept[start:stop])]
+            size = bounds[stop] - bounds[start]
+            chunks.append(Chunk(start, stop, bounds[start], size, fingerprint(texts)))
+        return chunks
+
+    def _finish(
+        self,
+        chunks: list[Chunk],
+        done: dict[str, str],
+        kept: np.ndarray,
+        scaled: np.ndarray,
+        small: bool,
+    ) -> None:
+        """Write index and checksums, and give the cache its name."""
+        sizes = 3 * kept.prod(1)
+        index = save_safetensors(
+            # safetensors writes the memory of an array, whatever its strides.
+            {
+                "offsets": np.cumsum(sizes) - sizes,
+                "widths": kept[:, 0].copy(),
+                "heights": kept[:, 1].copy(),
+                "scaled_widths": scaled[:, 0].copy(),
+                "scaled_heights": scaled[:, 1].copy(),
+            }
+        )
+        about = {
+            "format": FORMAT,
+            "resize": self.resize,
+            "small": small,
+            "interpolation": "Pillow bilinear, antialiased",
+            "layout": "uint8 [3, h, w], image after image",
+            "key": self.target.name.rpartition("-")[2],
+            "images": len(self.pool),
+            "bytes": int(sizes.sum()),
+            "index_sha256": hashlib.sha256(index).hexdigest(),
+            "chunks": [
+                {"offset": chunk.offset, "bytes": chunk.bytes, "sha256": done[chunk.key]}
+                for chunk in chunks
+            ],
         }
-    )
-    about = {
-        "format": FORMAT,
-        "resize": resize,
-        "small": small,
-        "interpolation": "Pillow bilinear, antialiased",
-        "layout": "uint8 [3, h, w], image after image",
-        "key": key,
-        "images": len(pool),
-        "bytes": total,
-        "index_sha256": hashlib.sha256(index).hexdigest(),
-        "chunks": [
-            {"offset": chunk.offset, "bytes": chunk.bytes, "sha256": done[chunk.key]}
-            for chunk in chunks
-        ],
-    }
-    write_synced(staging / INDEX, index)
-    write_synced(staging / ABOUT, json.dumps(about, indent=1).encode())
-    (staging / JOURNAL).unlink()
-    os.replace(staging, target)
-    sync_folder(target.parent)
-
-
-def _reserve(path: Path, size: int) -> None:
-    """Take the whole space at once, so that a full disk shows before the work."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        os.ftruncate(handle, size)
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(handle, 0, size)
-    finally:
-        os.close(handle)
-
-
-def _decoded(staging: Path, chunks: list[Chunk]) -> dict[str, str]:
-    """Return key -> checksum of the chunks that an earlier build finished and that are whole."""
-    try:
-        lines = (staging / JOURNAL).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return {}
-    written: dict[str, str] = {}
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            # The line that a kill cut off; its chunk is decoded again.
-            continue
-        written[entry["key"]] = entry["sha256"]
-    done = {}
-    with (staging / PIXELS).open("rb") as stream:
-        for chunk in chunks:
-            if chunk.key in written:
-                stream.seek(chunk.offset)
-                if hash_range(stream, chunk.bytes) == written[chunk.key]:
-                    done[chunk.key] = written[chunk.key]
-    return done
-
-
-def _decode(
-    pool: Pool,
-    resize: int | None,
-    staging: Path,
-    chunks: list[Chunk],
-    done: dict[str, str],
-    workers: int | None,
-    progress: Progress | None,
-) -> None:
-    """Decode chunks into the file, and note each one once it is on the disk."""
-    images = sum(chunk.stop - chunk.start for chunk in chunks)
-    finished = len(pool) - images
-    failure: BaseException | None = None
-    with (staging / JOURNAL).open("a", encoding="utf-8") as journal:
-        # A line that a kill cut off must not swallow the next.
-        journal.write("\n")
-        for chunk, outcome in _outcomes(pool, resize, staging / PIXELS, chunks, images, workers):
-            try:
-                done[chunk.key] = outcome.result()
-            except BrokenProcessPool:
-                failure = failure or UsageError(
-                    f"{staging}: a process that decoded images was ended from outside, perhaps for "
-                    "lack of memory; start again with fewer workers, what is decoded is kept"
-                )
-                continue
-            except Exception as error:
-                # Others may finish; the first mistake is told once they have.
-                failure = failure or error
-                continue
-            journal.write(json.dumps({"key": chunk.key, "sha256": done[chunk.key]}) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
-            finished += chunk.stop - chunk.start
-            if progress:
-                progress(finished, len(pool))
-    if failure:
-        raise failure
-
-
-def _outcomes(
-    pool: Pool,
-    resize: int | None,
-    path: Path,
-    chunks: list[Chunk],
-    images: int,
-    workers: int | None,
-) -> Iterator[tuple[Chunk, Future]]:
-    """Decode chunks in processes, or here when one is enough; yield them in order.
-
-    After the first failure no further chunk is begun.
-    """
-    count = _worker_count(images) if workers is None else workers
-    if count < 2:
-        _open_pool(pool)
-        for chunk in chunks:
-            outcome: Future = Future()
-            try:
-                outcome.set_result(_fill(resize, path, chunk))
-            except Exception as error:
-                outcome.set_exception(error)
-            yield chunk, outcome
-            if outcome.exception():
-                return
-        return
-    # Threads of torch may hold locks: a fresh process inherits none of them.
-    context = multiprocessing.get_context("spawn")
-    executor: Executor = ProcessPoolExecutor(count, context, _open_pool, (pool,))
-    with executor:
-        futures = [executor.submit(_fill, resize, path, chunk) for chunk in chunks]
-        for number, (chunk, future) in enumerate(zip(chunks, futures, strict=True)):
-            if future.exception():
-                waiting = zip(chunks[number:], futures[number:], strict=True)
-                kept = [pair for pair in waiting if not pair[1].cancel()]
-                yield from kept
-                return
-            yield chunk, future
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _worker_count(images: int) -> int:
-    return max(1, min(usable_cores(), MAX_WORKERS, images // IMAGES_PER_WORKER))
-
-
-_pool: Pool
-
-
-def _open_pool(pool: Pool) -> None:
-    """Give a process the pool once, not with every task."""
-    global _pool
-    _pool = pool
-
-
-def _fill(resize: int | None, path: Path, chunk: Chunk) -> str:
-    """Decode a chunk into its place and return its checksum."""
-    parts = []
-    for index in range(chunk.start, chunk.stop):
-        picture = _pool.load(index)
-        picture = picture if resize is None else resized(picture, resize)
-        parts.append(planes(picture).reshape(-1))
-    data = np.concatenate(parts)
-    if data.nbytes != chunk.bytes:
-        raise UsageError(
-            f"{_pool.name(chunk.start)} to {_pool.name(chunk.stop - 1)}: got images of other sizes "
-            "than a moment ago, expected files that stay as they are; start again"
-        )
-    with path.open("r+b") as stream:
-        stream.seek(chunk.offset)
-        stream.write(data.data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return hashlib.sha256(data.data).hexdigest()
+        write_synced(self.staging / INDEX, index)
+        write_synced(self.staging / ABOUT, json.dumps(about, indent=1).encode())
+        (self.staging / JOURNAL).unlink()
+        # Every chunk was compared or has just been written.
+        note_verified(self.staging)
+        os.replace(self.staging, self.target)
+        sync_folder(self.target.parent)
 
 
 def describe(cache: Cache) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from .building import Progress, build_cache, describe
+from .building import build_cache, describe
 from .cache import RESIZE, Cache
 from .splits import FOLDER, Split, SplitName, open_split
+from .unfinished import Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ class PrepareConfig:
     """Fetch a dataset, check it and unpack it; what is there already is not fetched again."""
 
     name: Annotated[str, Positional]
-    """dtd, cub, nabirds, stanford_dogs, flower102, food101, cifar100, cifar10, gtsrb or svhn."""
+    """dtd, cub, nabirds, stanford_dogs, flower102, food101, cifar100, cifar10, gtsrb or svhn; or a
+    task of VTAB-1k, vtab-dtd for instance, all of which come in one archive."""
 
     data: Path = Path("data")
     """Folder of all datasets. Archives are kept in its folder archives/NAME; what you put there
@@ -76,6 +77,8 @@ def run_verify(config: VerifyConfig) -> None:
         found = verify(config.name, config.data, images=config.images, progress=show)
     for (protocol, split), count in found.counts.items():
         print(f"{config.name} {protocol:8} {split:5} {count:7,} images")
+    if found.source:
+        print(f"{config.name} source: {found.source}")
     if found.problems:
         listed = "\n  ".join(found.problems)
         again = shlex.join(

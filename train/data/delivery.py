@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ...cli import UsageError
-from .building import usable_cores
 from .cache import Cache
+from .decoding import usable_cores
 from .gather import Crops, gather_crops, gather_enlarged_crops
 from .memory import Memory
 from .transform import Transform

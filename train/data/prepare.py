@@ -11,16 +11,18 @@ from filelock import FileLock
 from ...cli import UsageError
 from ..files import disk_errors
 from . import download
-from .registry import HTA, Dataset, Source
-from .splits import FOLDER
+from .registry import Dataset, Source
+from .splits import DATASETS, FOLDER
 from .unpack import is_archive, unpack
+from .vtab_tasks import ROOT, VTAB
 
 Report = Callable[[str], None]
 
 
 def archive_path(name: str, root: Path, source: Source) -> Path:
     """Return where a fetched file is kept, and where a person may put it."""
-    return root / "archives" / name / source.file
+    # All tasks of VTAB-1k come in one archive.
+    return root / "archives" / (ROOT if name in VTAB else name) / source.file
 
 
 def is_there(root: Path, source: Source) -> bool:
@@ -52,7 +54,7 @@ def prepare(
             and where to put it. Or an archive is broken or has a wrong checksum.
     """
     dataset = _dataset(name)
-    archives = root / "archives" / name
+    archives = archive_path(name, root, dataset.sources[0]).parent
     with disk_errors(archives, "the archives"):
         archives.mkdir(parents=True, exist_ok=True)
         lock = FileLock(archives / ".lock")
@@ -98,10 +100,10 @@ def _dataset(name: str) -> Dataset:
             "dataset: got 'folder', expected one that has to be fetched; a folder of your own is "
             "used as it is: give it as --data"
         )
-    if name not in HTA:
-        known = ", ".join(HTA)
+    if name not in DATASETS:
+        known = ", ".join(DATASETS)
         raise UsageError(f"dataset: got {name!r}, expected one of {known}; check the spelling")
-    return HTA[name]
+    return DATASETS[name]
 
 
 def _fetch(

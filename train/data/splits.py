@@ -9,16 +9,22 @@ import numpy as np
 
 from ...cli import UsageError
 from .own_folder import read_own
-from .pools import Pool
+from .pools import FilePool, Pool
 from .readers import READERS, Listing
-from .registry import HTA, Rule
+from .registry import HTA, Dataset, Rule
 from .stratify import held_out
 from .vpt import IMAGES, find_splits, read_splits
+from .vtab import read_vtab
+from .vtab_source import Stated, source_kind
+from .vtab_tasks import LISTS, TASKS, VTAB
 
 FOLDER = "folder"
 """Name of the dataset that is a folder of the user's own."""
 
-NAMES = (*HTA, FOLDER)
+DATASETS: dict[str, Dataset] = HTA | VTAB
+"""Name -> dataset, those of HTA and the tasks of VTAB-1k."""
+
+NAMES = (*DATASETS, FOLDER)
 SplitName = Literal["train", "val", "test", "trainval"]
 OFFICIAL_SEED = 3407
 """Seed of the official code; Python's generator is fresh when it shuffles the training images."""
@@ -68,13 +74,15 @@ def read_listing(name: str, root: Path) -> Listing:
     if name == FOLDER:
         listing = read_own(root)
     else:
-        folder = root / HTA[name].folder
+        folder = root / DATASETS[name].folder
         if not folder.is_dir():
             raise UsageError(
-                f"{folder}: got no such folder, expected {HTA[name].title}; "
+                f"{folder}: got no such folder, expected {DATASETS[name].title}; "
                 f"run `tcpa-train data prepare {name} --data {root}`"
             )
-        if name in IMAGES and find_splits(folder):
+        if name in TASKS:
+            listing = read_vtab(folder, TASKS[name])
+        elif name in IMAGES and find_splits(folder):
             listing = read_splits(folder, IMAGES[name], _archive_class_names(name, folder))
         else:
             listing = READERS[name](folder)
@@ -93,7 +101,22 @@ def _archive_class_names(name: str, folder: Path) -> list[str]:
         return []
 
 
-def open_split(name: str, root: Path, split: SplitName, *, protocol: str = "official") -> Split:
+def training_split(name: str, protocol: str) -> SplitName:
+    """Return the split that a protocol trains on.
+
+    A task of VTAB-1k is tuned on 800 images and validated on 200; its final runs see all 1,000.
+    """
+    return "trainval" if name in VTAB and protocol in ("official", "last") else "train"
+
+
+def open_split(
+    name: str,
+    root: Path,
+    split: SplitName,
+    *,
+    protocol: str = "official",
+    source: Stated = "auto",
+) -> Split:
     """Open one split of a dataset.
 
     Args:
@@ -101,16 +124,21 @@ def open_split(name: str, root: Path, split: SplitName, *, protocol: str = "offi
         root: the folder that has all datasets (`--data`); for "folder" the dataset itself.
         split: "trainval" is all official training images.
         protocol: "official" follows the official code with its leaks and faults (`Rule`); any other
-            makes train and val out of the official training images once, without overlap.
+            makes train and val out of the official training images once, without overlap. The
+            splits of VTAB-1k are the same under all.
+        source: of VTAB-1k, what the images are; "auto" looks at them.
 
     Raises:
-        UsageError: as `read_listing`; "trainval" of the official protocol, which has none.
+        UsageError: as `read_listing`; "trainval" of the official protocol of HTA, which has none;
+            as `source_kind`.
     """
     listing = read_listing(name, root)
-    rule: Rule = HTA[name].rule if name in HTA else "given"
+    rule: Rule = DATASETS[name].rule if name in DATASETS else "given"
     pool_name: Literal["train", "test"] = "test" if split == "test" else "train"
     pool, labels = listing.pools[pool_name], listing.labels[pool_name]
-    if split == "test":
+    if name in VTAB:
+        rows, told = listing.given.get(split, np.arange(len(pool))), LISTS[split]
+    elif split == "test":
         rows, told = np.arange(len(pool)), "the official test images"
         rows = listing.given.get("test", rows)
     elif split == "trainval":
@@ -136,7 +164,9 @@ def open_split(name: str, root: Path, split: SplitName, *, protocol: str = "offi
         "images": len(rows),
         "classes": len(listing.class_names),
     }
-    if name in HTA:
+    if name in TASKS and isinstance(pool, FilePool):
+        record["source"] = source_kind(pool, TASKS[name], source).to_json()
+    if name in DATASETS:
         record |= _against_registry(name, split, protocol, len(rows), len(listing.class_names))
     return Split(name, split, pool_name, pool, rows, labels, listing.class_names, record)
 
@@ -185,7 +215,7 @@ def _honest_rows(listing: Listing, rule: Rule, split: str) -> tuple[np.ndarray, 
 def _against_registry(
     name: str, split: str, protocol: str, images: int, classes: int
 ) -> dict[str, Any]:
-    dataset = HTA[name]
+    dataset = DATASETS[name]
     counts = dataset.official if protocol == "official" else dataset.honest
     expected = counts["train"] + counts["val"] if split == "trainval" else counts[split]
     record: dict[str, Any] = {

@@ -11,8 +11,9 @@ import numpy as np
 from ...cli import UsageError
 from .pools import FilePool, Pool
 from .readers import Listing
-from .registry import HTA, Dataset
-from .splits import NAMES, open_split, read_listing
+from .registry import Dataset
+from .splits import DATASETS, NAMES, SplitName, open_split, read_listing
+from .vtab_tasks import VTAB
 
 SHOWN = 20
 """Problems of a kind that are listed; further ones are counted."""
@@ -26,7 +27,11 @@ class Verification:
 
     name: str
     counts: dict[tuple[str, str], int] = field(default_factory=dict)
-    """(protocol, split) -> images; the protocols are official and honest."""
+    """(protocol, split) -> images; the protocols are official and honest, and "every" where they
+    do not differ."""
+
+    source: str = ""
+    """Of VTAB-1k, what the images are and how that is known."""
 
     problems: list[str] = field(default_factory=list)
     """One line each; none means that all is well."""
@@ -60,14 +65,15 @@ def verify(
         raise UsageError(
             f"dataset: got {name!r}, expected one of {', '.join(NAMES)}; check the spelling"
         )
-    expected = expected or HTA.get(name)
+    expected = expected or DATASETS.get(name)
     found = Verification(name)
     try:
         listing = read_listing(name, root)
-        for protocol in ("official", "honest"):
-            for split in ("train", "val", "test"):
-                opened = open_split(name, root, split, protocol=protocol)
-                found.counts[protocol, split] = len(opened.rows)
+        for protocol, split in _splits(name):
+            opened = open_split(name, root, split, protocol=protocol)
+            found.counts[protocol, split] = len(opened.rows)
+            if "source" in opened.record:
+                found.source = "{kind}: {reason}".format(**opened.record["source"])
     except UsageError as error:
         found.problems.append(str(error))
         return found
@@ -78,13 +84,20 @@ def verify(
     return found
 
 
+def _splits(name: str) -> list[tuple[str, SplitName]]:
+    splits: tuple[SplitName, ...] = ("train", "val", "test")
+    if name in VTAB:
+        return [("every", split) for split in (*splits, "trainval")]
+    return [(protocol, split) for protocol in ("official", "honest") for split in splits]
+
+
 def _other_counts(found: Verification, expected: Dataset) -> list[str]:
     problems = []
-    for protocol, counts in (("official", expected.official), ("honest", expected.honest)):
-        for split, count in counts.items():
-            got = found.counts[protocol, split]
-            if got != count:
-                problems.append(f"{split} ({protocol}): got {got:,} images, expected {count:,}")
+    for (protocol, split), got in found.counts.items():
+        counts = expected.official if protocol == "official" else expected.honest
+        count = counts["train"] + counts["val"] if split == "trainval" else counts[split]
+        if got != count:
+            problems.append(f"{split} ({protocol}): got {got:,} images, expected {count:,}")
     return problems
 
 
