@@ -9,7 +9,10 @@ import numpy as np
 from .building import build_cache, describe
 from .cache import RESIZE, Cache
 from .splits import FOLDER, Split, SplitName, open_split
+from .squash import SquashedPool
 from .unfinished import Progress
+from .vtab_source import Stated
+from .vtab_tasks import VTAB
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ def open_cached(
     split: SplitName,
     *,
     protocol: str = "official",
+    source: Stated = "auto",
     cache: Path | None = None,
     resize: int = RESIZE,
     workers: int | None = None,
@@ -57,15 +61,14 @@ def open_cached(
     train, val and trainval share one cache, whatever the protocol.
 
     Args:
-        name, root, split, protocol: as `open_split`.
+        name, root, split, protocol, source: as `open_split`.
         cache: folder for caches; None: `default_cache`.
-        resize, workers, progress: as `build_cache`.
+        resize, workers, progress: as `build_cache`; images of VTAB-1k become squares of that side.
     """
-    opened: Split = open_split(name, root, split, protocol=protocol)
+    opened: Split = open_split(name, root, split, protocol=protocol, source=source)
     folder = default_cache(name, root) if cache is None else cache
     label = f"{root.resolve().name if name == FOLDER else name}-{opened.pool_name}"
-    built = build_cache(
-        opened.pool, folder, label, resize=resize, workers=workers, progress=progress
-    )
+    pool = SquashedPool(opened.pool, resize) if name in VTAB else opened.pool
+    built = build_cache(pool, folder, label, resize=resize, workers=workers, progress=progress)
     record = opened.record | {"cache": describe(built)}
     return CachedSplit(built, opened.rows, opened.labels, opened.class_names, record)

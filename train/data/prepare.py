@@ -12,7 +12,7 @@ from ...cli import UsageError
 from ..files import disk_errors
 from . import download
 from .registry import Dataset, Source
-from .splits import DATASETS, FOLDER
+from .splits import DATASETS, FOLDER, NAMES
 from .unpack import is_archive, unpack
 from .vtab_tasks import ROOT, VTAB
 
@@ -101,7 +101,7 @@ def _dataset(name: str) -> Dataset:
             "used as it is: give it as --data"
         )
     if name not in DATASETS:
-        known = ", ".join(DATASETS)
+        known = ", ".join(name for name in NAMES if name != FOLDER)
         raise UsageError(f"dataset: got {name!r}, expected one of {known}; check the spelling")
     return DATASETS[name]
 

@@ -1,6 +1,8 @@
 """Open a split of a dataset under a protocol: which images, which labels, and by what rule."""
 
 import random
+from collections import ChainMap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +23,10 @@ from .vtab_tasks import LISTS, TASKS, VTAB
 FOLDER = "folder"
 """Name of the dataset that is a folder of the user's own."""
 
-DATASETS: dict[str, Dataset] = HTA | VTAB
+DATASETS: Mapping[str, Dataset] = ChainMap(HTA, VTAB)
 """Name -> dataset, those of HTA and the tasks of VTAB-1k."""
 
-NAMES = (*DATASETS, FOLDER)
+NAMES = (*HTA, *VTAB, FOLDER)
 SplitName = Literal["train", "val", "test", "trainval"]
 OFFICIAL_SEED = 3407
 """Seed of the official code; Python's generator is fresh when it shuffles the training images."""

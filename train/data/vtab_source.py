@@ -48,15 +48,14 @@ def source_kind(pool: FilePool, task: Task, stated: Stated = "auto") -> SourceKi
     Args:
         pool: images of the task.
         task: says whether its originals are lossless.
-        stated: "auto" looks at the files.
+        stated: "auto" looks at the files; those that cannot be opened are left to who reads them.
 
     Raises:
-        UsageError: a file cannot be opened; or "original" was stated of JPEG files of a task whose
-            originals are lossless.
+        UsageError: "original" was stated of lossy files of a task whose originals are lossless.
     """
-    rows = np.unique(np.linspace(0, len(pool) - 1, SAMPLE).astype(int))
-    headers = [_header(Path(pool.name(row))) for row in rows]
-    lossy = [row for row, (form, _) in zip(rows, headers, strict=True) if form in LOSSY]
+    rows = np.unique(np.linspace(0, len(pool) - 1, SAMPLE).astype(int)).tolist()
+    headers = {row: found for row in rows if (found := _header(Path(pool.name(row))))}
+    lossy = [row for row, (form, _) in headers.items() if form in LOSSY]
     if lossy and task.lossless and stated == "original":
         raise UsageError(
             f"--vtab-source: got original, expected jpeg or auto, as {pool.name(lossy[0])} is a "
@@ -64,28 +63,28 @@ def source_kind(pool: FilePool, task: Task, stated: Stated = "auto") -> SourceKi
         )
     if stated != "auto":
         return SourceKind(stated, "stated by --vtab-source")
-    looked = f"of {len(rows)} files looked at"
+    if not headers:
+        return SourceKind("unclear", "no file could be opened")
+    looked = f"of {len(headers)} files looked at"
     if not lossy:
         return SourceKind("original", f"none {looked} is lossy")
     if task.lossless:
         return SourceKind("jpeg", f"{len(lossy)} {looked} are lossy, the originals are not")
-    tables = {table for _, table in headers}
+    tables = {table for _, table in headers.values()}
     if len(tables) > 1:
-        return SourceKind("original", f"{len(tables)} compression settings in {len(rows)} files")
+        return SourceKind("original", f"{len(tables)} compression settings in {len(headers)} files")
     if tables == {_default_tables()}:
         return SourceKind("jpeg", f"all {looked} are compressed as Pillow does by default")
     return SourceKind("unclear", f"all {looked} are compressed alike, as originals may be")
 
 
-def _header(path: Path) -> tuple[str, tuple]:
+def _header(path: Path) -> tuple[str, tuple] | None:
     """Return a file's format and, of a JPEG file, the tables that say how it was compressed."""
     try:
         with Image.open(path) as picture:
             return picture.format or "", _tables(getattr(picture, "quantization", {}))
-    except UNREADABLE as error:
-        raise UsageError(
-            f"{path}: got a file that cannot be opened ({error}), expected an image; fetch it again"
-        ) from None
+    except UNREADABLE:
+        return None
 
 
 def _tables(found: dict[int, list[int]]) -> tuple:
