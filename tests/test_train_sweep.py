@@ -76,6 +76,7 @@ CONFIGS = {
         backbone="test_vit",
         weights="none",
         normalize="0.5,0.5,0.5,1,1,1",
+        vtab_source="jpeg",
         epochs=3,
         batch_size=4,
         eval_batch_size=7,

@@ -17,12 +17,16 @@ except ModuleNotFoundError:
 MAX_SEED = 2**63 - 1
 """The largest seed that torch takes."""
 
-Protocol = Literal["official", "val", "last"]
+VTAB_PREFIX = "vtab-"
+"""What the names of the tasks of VTAB-1k begin with."""
+
+Protocol = Literal["auto", "official", "val", "last", "tune"]
 Precision = Literal["auto", "bf16", "bf16-autocast", "fp16", "fp32"]
 
 NORMALIZATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 """Name -> mean and standard deviation of the three channels, for pixels from 0 to 1."""
 
@@ -40,10 +44,12 @@ class TrainOptions:
     output: Path = Path("runs")
     """Folder for all runs; one run goes to OUTPUT/DATASET/METHOD/PROTOCOL-seedN."""
 
-    protocol: Protocol = "official"
+    protocol: Protocol = "auto"
     """official: test after every epoch and report the best test epoch, as the official code does
     (chosen on the test images). val: choose the epoch on validation images, then test once.
-    last: test once, after the last epoch. All of them train on the same part of the data."""
+    last: test once, after the last epoch. tune: validate once, after the last epoch, and test
+    never. All of them train on the same part of the data, but for VTAB-1k, where official and last
+    train on the validation images too. auto: last on VTAB-1k, as VPT does, else official."""
 
     backbone: str = "orig_in21k"
     """ViT-B/16 weights orig_in21k (those of the paper, as far as is known) or augreg_in21k, or any
@@ -55,7 +61,12 @@ class TrainOptions:
 
     normalize: str = "imagenet"
     """Normalisation of the images: imagenet (official code), half (0.5 and 0.5, with which both
-    in21k weights were trained), or six numbers: MEAN,MEAN,MEAN,STD,STD,STD for pixels of 0 to 1."""
+    in21k weights were trained), none (pixels of 0 to 1), or six numbers:
+    MEAN,MEAN,MEAN,STD,STD,STD for pixels of 0 to 1."""
+
+    vtab_source: Literal["auto", "original", "jpeg"] = "auto"
+    """VTAB-1k: whether the images are the originals or lossy copies, which are not comparable;
+    auto looks at the files. Recorded with every result."""
 
     epochs: int | None = None
     """Passes over the training images; the recipe's by default."""
@@ -145,7 +156,8 @@ class RunConfig(TrainOptions):
 
     dataset: Annotated[str, Positional]
     """One of the ten HTA datasets (dtd, cub, nabirds, stanford_dogs, flower102, food101, cifar100,
-    cifar10, gtsrb, svhn), or `folder` for images of your own."""
+    cifar10, gtsrb, svhn), a task of VTAB-1k (vtab-dtd for instance), or `folder` for images of your
+    own."""
 
     method: str = "vfpt+tcpa"
     """linear, vpt-deep, vfpt, vpt+tcpa or vfpt+tcpa."""
@@ -155,6 +167,9 @@ class RunConfig(TrainOptions):
     default."""
 
     def __post_init__(self) -> None:
+        if self.protocol == "auto":
+            usual: Protocol = "last" if self.dataset.startswith(VTAB_PREFIX) else "official"
+            object.__setattr__(self, "protocol", usual)
         _check_options(self)
         _require_name("DATASET", self.dataset)
         _require_name("--method", self.method)
@@ -238,8 +253,8 @@ def parse_normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]
         near = difflib.get_close_matches(text, NORMALIZATIONS, n=1)
         hint = f"did you mean {near[0]}?" if near else "0.5,0.5,0.5,0.5,0.5,0.5 for instance"
         raise UsageError(
-            f"--normalize: got {text!r}, expected imagenet, half or six numbers with positive "
-            f"deviations; {hint}"
+            f"--normalize: got {text!r}, expected imagenet, half, none or six numbers with "
+            f"positive deviations; {hint}"
         )
     return values[:3], values[3:]
 

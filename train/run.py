@@ -98,7 +98,8 @@ def _train(
         if journal is not None:
             journal.close()
     display.say(
-        f"{title}: {result.accuracy:.2f} % on the test images after epoch {result.epoch} "
+        f"{title}: {result.accuracy:.2f} % on {result.measured_on} images after epoch "
+        f"{result.epoch} "
         f"({_how(config)}); {folder}"
     )
     return result
@@ -169,3 +170,4 @@ def _how(config: RunConfig) -> str:
         "val": "chosen on the validation images",
         "last": "the last epoch",
     }[config.protocol]
+        "tune": "the last epoch; the test images were not read",

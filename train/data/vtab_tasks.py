@@ -9,6 +9,7 @@ Benchmark", 2019). The folder read here is the copy that circulates without Tens
 from dataclasses import dataclass
 from typing import Literal
 
+from ..config import VTAB_PREFIX
 from .registry import GB, Dataset, Source
 
 GroupName = Literal["natural", "specialized", "structured"]
@@ -18,9 +19,6 @@ SEEDS = (42, 44, 82, 100, 800)
 
 ROOT = "vtab-1k"
 """Folder of all tasks, relative to DATA."""
-
-PREFIX = "vtab-"
-"""What the names of the tasks begin with, so that DTD and CIFAR-100 differ from those of HTA."""
 
 LISTS = {
     "train": "train800.txt",
@@ -58,7 +56,7 @@ def _task(
 
 
 TASKS: dict[str, Task] = {
-    f"{PREFIX}{name}": task
+    f"{VTAB_PREFIX}{name}": task
     for name, task in {
         "cifar100": _task("CIFAR-100", "natural", "cifar", 100, 10_000, lossless=True),
         "caltech101": _task("Caltech101", "natural", "caltech101", 102, 6084),

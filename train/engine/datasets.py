@@ -9,8 +9,9 @@ from ...cli import UsageError
 from ..config import RunConfig
 from ..data.batches import Batches
 from ..data.cached import CachedSplit, open_cached
-from ..data.splits import SplitName
+from ..data.splits import SplitName, training_split
 from ..data.transform import Transform
+from ..data.vtab_tasks import VTAB
 from ..recipes import Recipe
 from .distributed import World
 from .inputs import Splits
@@ -20,6 +21,7 @@ EVALUATED: dict[str, tuple[SplitName, ...]] = {
     "official": ("test",),
     "val": ("val", "test"),
     "last": ("test",),
+    "tune": ("val",),
 }
 """Protocol -> splits that it reads besides the training images."""
 
@@ -30,7 +32,7 @@ def load_splits(config: RunConfig, settings: Recipe, world: World) -> Splits:
     Raises:
         UsageError: data are missing or broken, or settings do not fit them.
     """
-    train = _open(config, settings, world, "train")
+    train = _open(config, settings, world, training_split(config.dataset, config.protocol))
     shared: dict[str, Any] = {
         "device": world.device,
         "seed": settings.seed,
@@ -43,7 +45,8 @@ def load_splits(config: RunConfig, settings: Recipe, world: World) -> Splits:
     source = Batches(
         train,
         batch_size=settings.batch_size,
-        transform=Transform(train=True, **colours),
+        # VPT trains on VTAB-1k without augmentation.
+        transform=Transform(train=config.dataset not in VTAB, **colours),
         shuffle=True,
         even=mixes(settings),
         **shared,
@@ -84,6 +87,7 @@ def _open(config: RunConfig, settings: Recipe, world: World, split: SplitName) -
             config.data,
             split,
             protocol=config.protocol,
+            source=config.vtab_source,
             cache=config.cache,
             resize=settings.resize,
             progress=show,

@@ -23,13 +23,16 @@ from .steps import Trainer
 
 LOSSES: tuple[str, ...] = ("loss", "cross_entropy", "distance")
 
-CHOOSES_ON = {"official": "test", "val": "val", "last": None}
+CHOOSES_ON = {"official": "test", "val": "val", "last": None, "tune": None}
 """Protocol -> split that is evaluated after every epoch and chooses the epoch."""
 
 
 @dataclass(kw_only=True, slots=True)
 class State:
     """Where a run is; with the tensors it is all that a checkpoint holds."""
+
+MEASURED_ON = {"official": "test", "val": "test", "last": "test", "tune": "val"}
+"""Protocol -> split on which the chosen epoch is measured."""
 
     epoch: int = 0
     """Epochs that are finished, their evaluation included."""

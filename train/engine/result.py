@@ -13,7 +13,7 @@ from ..files import cannot_write, write_json
 from ..recipes import Recipe
 from .folder import ADAPTER, RESULT
 from .journal import Journal, read_metrics
-from .loop import CHOOSES_ON, Loop
+from .loop import CHOOSES_ON, MEASURED_ON, Loop
 from .record import versions
 
 
@@ -30,7 +30,7 @@ class Result:
     chosen_on: str | None
     """Split whose accuracy chose the epoch: "test" (official), "val", or null (last epoch)."""
     accuracy: float
-    """Top-1 on the test images, percent, after the chosen epoch."""
+    """Top-1 on the test images, percent, after the chosen epoch; see `measured_on`."""
     epoch: int
     """The chosen epoch, from 1."""
     epochs: int
@@ -63,6 +63,8 @@ class Result:
     note: str
     """What the recipe assumed; "" for a published one."""
     versions: dict[str, str]
+    measured_on: str = "test"
+    """Split of `accuracy`: "val" for protocol tune, which never reads the test images."""
 
 
 def read_result(folder: Path, values: dict[str, Any]) -> Result:
@@ -90,10 +92,15 @@ def finish(
         loop.use_best()
         epoch = state.best_epoch
     official = chosen_on == "test"
-    accuracy = state.best_accuracy
+    accuracy, measured_on = state.best_accuracy, MEASURED_ON[config.protocol]
     if not official:
-        accuracy = loop.evaluate("test", journal, epoch=epoch).accuracy
-    last = state.last_accuracy if official else accuracy if epoch == settings.epochs else None
+        accuracy = loop.evaluate(measured_on, journal, epoch=epoch).accuracy
+    tested = measured_on == "test"
+    if official:
+        last = state.last_accuracy
+    else:
+        last = accuracy if tested and epoch == settings.epochs else None
+    val_accuracy = state.best_accuracy if chosen_on == "val" else None
     result = None
     if journal is not None:
         result = Result(
@@ -108,12 +115,12 @@ def finish(
             epochs=settings.epochs,
             last_accuracy=last,
             best_test_accuracy=state.best_accuracy if official else None,
-            val_accuracy=state.best_accuracy if chosen_on == "val" else None,
+            val_accuracy=val_accuracy if tested else accuracy,
             **_rates(folder),
             pipeline_images_per_second=pipeline,
             trainable=built.model.num_trainable,
             train_images=loop.splits.train.num_images,
-            test_images=loop.splits.evaluation["test"].num_images,
+            test_images=loop.splits.evaluation["test"].num_images if tested else 0,
             backbone=built.backbone.name,
             weights=built.backbone.weights,
             normalize=config.normalize,
@@ -122,6 +129,7 @@ def finish(
             implementation=built.implementation(loop.world)[0],
             note=settings.note,
             versions=versions(),
+            measured_on=measured_on,
         )
         _write(folder, built.model, result)
     shared: Any = loop.world.share(None if result is None else asdict(result))

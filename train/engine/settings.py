@@ -11,6 +11,7 @@ import tcpa
 from ...cli import UsageError, require
 from ..config import RunConfig
 from ..data.splits import NAMES
+from ..data.vtab_tasks import VTAB
 from ..recipes import Recipe, recipe
 
 DIRECT = {
@@ -62,6 +63,10 @@ def resolve(config: RunConfig) -> Recipe:
     given = {field: getattr(config, option) for option, field in DIRECT.items()}
     given = {field: value for field, value in given.items() if value is not None}
     found = replace(found, prompts=_resolve_prompts(config, found.prompts), **given)
+    if config.dataset in VTAB:
+        option, usual = config.resize, "images of VTAB-1k are resized to --image-size, both sides"
+        require(option in (None, found.crop), "--resize", option, found.crop, usual)
+        found = replace(found, resize=found.crop)
     small, remedy = found.crop <= found.resize, "change --resize or --image-size"
     require(small, "--image-size", found.crop, f"at most --resize ({found.resize})", remedy)
     return found
@@ -118,4 +123,6 @@ def describe(config: RunConfig, settings: Recipe) -> dict[str, Any]:
     if config.dataset == "folder":
         # Any folder has this dataset's name: a finished run must not answer for another one.
         found["folder"] = config.data.resolve().name
+    if config.dataset in VTAB:
+        found["options"]["vtab_source"] = config.vtab_source
     return found

@@ -11,7 +11,7 @@ from ...cli import UsageError
 from ..engine.checkpoint import CURRENT
 from ..engine.folder import CONFIG, ENVIRONMENT, RESULT
 from ..engine.journal import METRICS, read_metrics
-from ..engine.loop import CHOOSES_ON
+from ..engine.loop import CHOOSES_ON, MEASURED_ON
 from ..files import read_json
 
 SIGNS = (CONFIG, RESULT, METRICS, CURRENT)
@@ -263,7 +263,7 @@ def _check_result(run: Run, result: dict[str, Any]) -> None:
     trained = len(run.points("epoch", "loss"))
     if trained != run.recipe["epochs"]:
         raise _Damaged(f"{METRICS} has {trained} epochs, {CONFIG} {run.recipe['epochs']}")
-    measured = run.points("evaluation", "accuracy", split="test")
+    measured = run.points("evaluation", "accuracy", split=MEASURED_ON[run.protocol])
     if (epoch, accuracy) not in measured:
         told = dict(measured).get(epoch, "nothing")
         raise _Damaged(
