@@ -161,9 +161,14 @@ def rows_read_by_head(model: ModuleLike) -> int | None:
     return 2 if hasattr(model, "head_dist") else 1
 
 
+def classifier_names(model: ModuleLike) -> list[str]:
+    """Name the classification layers: the head, and a distilled model's second one."""
+    return [name for name in ("head", "head_dist") if hasattr(model, name)]
+
+
 def classifier_layers(model: ModuleLike) -> list[nn.Module]:
-    """Return the classification layers: the head, and a distilled model's second one."""
-    return [getattr(model, name) for name in ("head", "head_dist") if hasattr(model, name)]
+    """Return the classification layers."""
+    return [getattr(model, name) for name in classifier_names(model)]
 
 
 def _weight_and_bias(attn: ModuleLike, part: int) -> tuple[Tensor, Tensor | None]:
@@ -266,11 +271,16 @@ def finish_attention(block: ModuleLike, x: Tensor, normed: Tensor, heads: Tensor
     return x + block.drop_path1(out)
 
 
-def finish_block(block: ModuleLike, x: Tensor) -> Tensor:
-    """Add the MLP branch to the residual stream `[B, L, C]`."""
+def finish_block(block: ModuleLike, x: Tensor, adapter: ModuleLike | None = None) -> Tensor:
+    """Add the MLP branch to the residual stream `[B, L, C]`, with an adapter after or beside it."""
     out = block.mlp(block.norm2(x))
+    if adapter is not None and not adapter.beside_mlp:
+        out = out + adapter(out)
     if isinstance(block, EvaBlock):
         out = out if block.gamma_2 is None else block.gamma_2 * out
     else:
         out = block.ls2(out)
-    return x + block.drop_path2(out)
+    out = block.drop_path2(out)
+    if adapter is not None and adapter.beside_mlp:
+        out = out + adapter(x)
+    return x + out

@@ -11,9 +11,12 @@ from torch import nn
 
 from . import blocks
 from .checks import require, require_choice, require_int
-from .config import PromptConfig, Savings, TCPAConfig, VPTConfig
+from .config import PromptConfig, Savings, TCPAConfig
 from .dispatch import IMPLS, Impl
+from .input_config import InputConfig
 from .model import Normalization, PromptedViT, implementation_on
+from .parts import require_sensible
+from .tuning_config import HeadTuning, MLPHeadTuning, SideTuning
 
 _log = logging.getLogger("tcpa")
 
@@ -22,10 +25,13 @@ def wrap(
     backbone: nn.Module,
     config: PromptConfig | None,
     *,
+    input_prompt: InputConfig | None = None,
+    tuning: HeadTuning | None = None,
     num_classes: int | None = None,
     savings: Savings | None = None,
     impl: Impl = "auto",
     normalization: tuple[Sequence[float], Sequence[float]] | None = None,
+    load_weights: bool = True,
 ) -> PromptedViT:
     """Freeze a timm Vision Transformer and put trained prompts on it.
 
@@ -35,41 +41,60 @@ def wrap(
 
     Args:
         backbone: a timm `VisionTransformer` or `Eva` model.
-        config: `TCPAConfig` (TCPA), `VPTConfig` (VPT-Shallow, VPT-Deep, VFPT) or None (linear
-            probe).
+        config: token prompts: `TCPAConfig` (TCPA), `VPTConfig` (VPT-Shallow, VPT-Deep, VFPT),
+            `E2VPTConfig`, `GatedPromptConfig` or None.
+        input_prompt: what is done to the image: `VPConfig`, `DAMVPConfig`, `AutoVPConfig`,
+            `LIONConfig` or None.
+        tuning: what is trained besides prompts: `HeadTuning` (the default; without prompts a linear
+            probe), `MLPHeadTuning`, `LastBlockTuning`, `BiasTuning`, `AdapterTuning`,
+            `AdaptFormerTuning`, `SideTuning` or `FullTuning`.
         num_classes: classes of a fresh linear head; 0 removes the head, None keeps the model's own.
         savings: work left out without changing the result; all by default.
         impl: implementation of the operations: "auto", "triton", "sdpa", "dense" or "reference".
         normalization: channel mean and standard deviation of the images, for the record; the
             backbone's own by default.
+        load_weights: let a side network start from pretrained weights as its configuration says;
+            False when its values are going to be replaced.
 
     Returns:
         A module with `logits = model(images)`.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, or the architecture is not covered; the
-            message says why.
-        RuntimeError: the `impl` that was asked for cannot run where the backbone is.
+        TypeError, ValueError: an argument does not fit, choices make no sense together, or the
+            architecture is not covered; the message says why.
+        RuntimeError: the `impl` that was asked for cannot run where the backbone is, or the weights
+            of a side network cannot be had.
     """
     require_covered(backbone)
-    if config is not None and not isinstance(config, TCPAConfig | VPTConfig):
-        got = type(config).__name__
-        raise TypeError(f"config: got {got}, expected TCPAConfig, VPTConfig or None; create one")
+    tuning = HeadTuning() if tuning is None else tuning
     if savings is not None and not isinstance(savings, Savings):
         raise TypeError(f"savings: got {type(savings).__name__}, expected Savings; create one")
     require_choice("impl", impl, IMPLS)
     if num_classes is not None:
         require_int("num_classes", num_classes, 0)
+    require_sensible(backbone, config, input_prompt, tuning, num_classes)
     if isinstance(config, TCPAConfig):
         config = _fit_to_backbone(config, backbone)
     record = _normalization(backbone, normalization)
     if impl != "auto":
         implementation_on(backbone, impl)
     model = PromptedViT(
-        backbone, config, savings=savings or Savings(), impl=impl, normalization=record
+        backbone,
+        config,
+        input_prompt=input_prompt,
+        tuning=tuning,
+        num_classes=num_classes,
+        savings=savings or Savings(),
+        impl=impl,
+        normalization=record,
     )
-    if num_classes is not None:
+    if num_classes is None and (isinstance(tuning, MLPHeadTuning) or tuning.head == "normed"):
+        num_classes = model.num_classes
+    if num_classes is not None and model.mapping is None:
         model.reset_classifier(num_classes)
+    if isinstance(tuning, SideTuning) and tuning.pretrained and load_weights:
+        assert model.side is not None
+        model.side.load_pretrained()
     model.take_over()
     return model
 
@@ -80,9 +105,12 @@ def create_model(
     pretrained: bool = False,
     num_classes: int | None = None,
     tcpa: PromptConfig | None = None,
+    input_prompt: InputConfig | None = None,
+    tuning: HeadTuning | None = None,
     savings: Savings | None = None,
     impl: Impl = "auto",
     normalization: tuple[Sequence[float], Sequence[float]] | None = None,
+    load_weights: bool = True,
     **timm_arguments: Any,
 ) -> PromptedViT:
     """Create a timm model by name and put trained prompts on it.
@@ -91,8 +119,8 @@ def create_model(
         name: timm model name, with or without a weight tag.
         pretrained: load timm's weights.
         num_classes: as in `wrap`.
-        tcpa: the prompt method; None for a linear probe.
-        savings, impl, normalization: as in `wrap`.
+        tcpa: the token prompts; None for none.
+        input_prompt, tuning, savings, impl, normalization, load_weights: as in `wrap`.
         timm_arguments: passed to `timm.create_model` (`img_size`, `checkpoint_path`, ...).
 
     Raises:
@@ -119,10 +147,13 @@ def create_model(
     return wrap(
         backbone,
         tcpa,
+        input_prompt=input_prompt,
+        tuning=tuning,
         num_classes=num_classes,
         savings=savings,
         impl=impl,
         normalization=normalization,
+        load_weights=load_weights,
     )
 
 

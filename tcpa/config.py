@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 from .checks import require, require_bool, require_choice, require_int, require_number
+from .token_config import E2VPTConfig, GatedPromptConfig
 
 HTA_DATASETS = (
     "dtd",
@@ -213,7 +214,15 @@ class VPTConfig:
         return cls(length=10, fourier_fraction=1.0, dropout=0.1, init="uniform")
 
 
-PromptConfig = TCPAConfig | VPTConfig
+PromptConfig = TCPAConfig | VPTConfig | E2VPTConfig | GatedPromptConfig
+
+TOKEN_PROMPTS: dict[str, type[PromptConfig]] = {
+    "tcpa": TCPAConfig,
+    "vpt": VPTConfig,
+    "e2vpt": E2VPTConfig,
+    "gated": GatedPromptConfig,
+}
+"""Name under which token prompts are saved."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ Axes: B batch, L tokens, P prompt rows, S = L + P keys, H heads, D head dim, C w
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,9 @@ def run_block(
     gate: Tensor | None = None,
     rows: int | None = None,
     normed: Tensor | None = None,
+    extra_keys: Tensor | None = None,
+    query_scale: Tensor | None = None,
+    adapter: nn.Module | None = None,
 ) -> Tensor:
     """Run one block.
 
@@ -71,6 +74,10 @@ def run_block(
         gate: int32 `[B or 1, L, W]`; None when every token sees every prompt.
         rows: compute only this many leading rows.
         normed: `x` after the first norm, where it is known.
+        extra_keys: prompts `[P', H, D]` that are their own keys and values; where `prompt_kv` is
+            computed outside it holds them.
+        query_scale: scalar that all queries are multiplied by.
+        adapter: module after or beside the MLP.
 
     Returns:
         `[B, rows or L, C]`.
@@ -84,11 +91,17 @@ def run_block(
             prompts = prompts if prompts.ndim == 3 else prompts.expand(x.shape[0], -1, -1)
             prompt_kv = prompt_keys_values(block, prompts, value_affine)
         projected = _project_tokens(block, normed, prompt_kv, rows)
+    if extra_keys is not None:
+        nothing = extra_keys[:0].to(projected.k.dtype)
+        known = projected.prompt_kv or PromptKV(nothing, nothing)
+        projected = projected._replace(prompt_kv=known.with_keys(extra_keys))
+    if query_scale is not None:
+        projected = projected._replace(q=projected.q * query_scale.to(projected.q.dtype))
     heads = _attend(block, projected, settings, rope, gate, rows)
     if rows is not None:
         x, normed = x[:, :rows], normed[:, :rows]
     x = blocks.finish_attention(block, x, normed, heads)
-    return blocks.finish_block(block, x)
+    return blocks.finish_block(block, x, adapter)
 
 
 def run_block_on_tokens(
@@ -99,11 +112,13 @@ def run_block_on_tokens(
     rope: Tensor | None,
     prompts: Tensor,
     rows: int | None,
+    **options: Any,
 ) -> Tensor:
     """Run one block on tokens and prompts alike, then drop the prompts: plain VPT-Deep."""
     prompts = prompts if prompts.ndim == 3 else prompts.expand(x.shape[0], -1, -1)
     joined = torch.cat((x, prompts.to(x.dtype)), dim=1)
-    return run_block(block, joined, settings, rope=rope)[:, : x.shape[1] if rows is None else rows]
+    out = run_block(block, joined, settings, rope=rope, **options)
+    return out[:, : x.shape[1] if rows is None else rows]
 
 
 def _project_tokens(

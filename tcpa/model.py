@@ -23,11 +23,19 @@ from .capture import Capture
 from .checks import require, require_bool, require_int, require_shape, require_tensor
 from .config import PromptConfig, Savings, TCPAConfig, VPTConfig
 from .dispatch import Impl, autocast_dtype, choose_impl
+from .fitting import Fitting
 from .forward import BlockSettings, run_block, run_block_on_tokens
+from .input_config import InputConfig
+from .input_prompts import ClusterFramePrompt
+from .kv_prompts import E2VPTPrompts, GatedPrompts
+from .mapping import OutputMapping
 from .ops import match_prompts, norm_match
+from .parts import make_parts
 from .prompt_kv import ParameterCache, PromptKV, StackedProjections, prompt_keys_values
-from .prompts import PromptPools, TokenPrompts, ValueAffine, make_image_prompt
+from .prompts import PromptPools, TokenPrompts, ValueAffine
 from .reference import random_gate, role_gate
+from .tuning import SideNetwork, backbone_parameters, dropout_layers, make_head
+from .tuning_config import HeadTuning
 
 
 class Normalization(NamedTuple):
@@ -54,30 +62,45 @@ def implementation_on(backbone: Any, impl: Impl) -> tuple[str, str]:
 
 def _to_weight_dtype(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Hand a trained layer its input in its own precision, whatever the frozen weights have."""
-    weight = getattr(layer, "weight", None)
+    weight = next(layer.parameters(), None)
     return inputs if weight is None else (inputs[0].to(weight.dtype), *inputs[1:])
 
 
-class PromptedViT(nn.Module):
+class PromptedViT(Fitting):
     """A frozen timm ViT whose tokens attend to trained prompts.
 
     Trained are the prompts, the optional modules and the classification head, in float32 also on a
-    backbone of lower precision. The backbone stays in evaluation mode; `train()` switches dropout,
-    noise and random selection of the prompts.
+    backbone of lower precision, and the weights that the tuning names. The backbone stays in
+    evaluation mode; `train()` switches dropout, noise and random selection of the prompts.
 
     Attributes:
         backbone: the timm model that was taken over.
-        config: the prompt method; None for a linear probe.
+        config: the token prompts; None for none.
+        input_config: what is done to the image; None for nothing.
+        tuning: what is trained besides prompts.
         savings: work left out without changing the result.
         impl: which implementation of the operations to use.
         normalization: how images are expected to be normalised; recorded, not applied.
     """
+
+    pools: PromptPools | None
+    tokens: TokenPrompts | E2VPTPrompts | GatedPrompts | None
+    value_affine: ValueAffine | None
+    image_prompt: nn.Sequential
+    input_prompt: Any
+    feature_prompt: nn.Module | None
+    adapters: nn.ModuleList | None
+    side: SideNetwork | None
+    mapping: OutputMapping | None
 
     def __init__(
         self,
         backbone: nn.Module,
         config: PromptConfig | None,
         *,
+        input_prompt: InputConfig | None = None,
+        tuning: HeadTuning,
+        num_classes: int | None = None,
         savings: Savings,
         impl: Impl,
         normalization: Normalization,
@@ -85,6 +108,8 @@ class PromptedViT(nn.Module):
         super().__init__()
         self.backbone = cast(Any, backbone)
         self.config = config
+        self.input_config = input_prompt
+        self.tuning = tuning
         self.savings = savings
         self.impl: Impl = impl
         self.normalization = normalization
@@ -95,7 +120,9 @@ class PromptedViT(nn.Module):
         self._capture: Capture | None = None
         self._kv_cache = ParameterCache[list[PromptKV]]()
         self._stack_cache = ParameterCache[StackedProjections | None]()
-        self._build_prompts()
+        parts = make_parts(backbone, config, input_prompt, tuning, normalization, num_classes)
+        for name, module in parts.items():
+            setattr(self, name, module)
         self._freeze()
         self.train()
         self._has_backbone = True
@@ -115,28 +142,19 @@ class PromptedViT(nn.Module):
                 "have; give each model its own, for instance wrap(copy.deepcopy(vit), ...)"
             )
 
-    def _build_prompts(self) -> None:
-        config, weight = self.config, blocks.input_weight(self.backbone)
-        self.pools = self.tokens = self.value_affine = None
-        if isinstance(config, TCPAConfig):
-            self.pools = PromptPools(config, self.backbone)
-            if config.value_affine:
-                self.value_affine = ValueAffine(config.num_prompts, self.backbone)
-        elif isinstance(config, VPTConfig):
-            self.tokens = TokenPrompts(config, self.backbone)
-        self.image_prompt = make_image_prompt(config, blocks.input_channels(self.backbone))
-        # Trained values stay in float32 at least, whatever the precision of the frozen weights.
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        for module in (self.pools, self.tokens, self.value_affine, self.image_prompt):
-            if module is not None:
-                module.to(device=weight.device, dtype=dtype)
-
     def _freeze(self) -> None:
         self.backbone.requires_grad_(not self.savings.frozen_backbone)
+        for parameter in backbone_parameters(self.tuning, self.backbone).values():
+            parameter.requires_grad_(True)
         self._prepare_head()
 
     def _prepare_head(self) -> None:
         """Make the head trainable, in float32 at least, where the frozen weights are."""
+        if self.mapping is not None:
+            # The head of the model's own training is what is mapped.
+            for layer in blocks.classifier_layers(self.backbone):
+                layer.requires_grad_(not self.savings.frozen_backbone)
+            return
         weight = blocks.input_weight(self.backbone)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         for layer in blocks.classifier_layers(self.backbone):
@@ -150,14 +168,23 @@ class PromptedViT(nn.Module):
         """Switch the prompts to training or evaluation; the backbone stays in evaluation mode."""
         super().train(mode)
         self.backbone.eval()
+        for layer in (*self._heads(), *dropout_layers(self.tuning, self.backbone)):
+            layer.train(mode)
+        self.forget()
+        return self
+
+    def _heads(self) -> list[nn.Module]:
+        """Return the classification layers that are trained."""
+        return [] if self.mapping is not None else blocks.classifier_layers(self.backbone)
+
+    def forget(self) -> None:
+        """Forget what was computed from parameters, for who changes them through `.data`."""
         self._kv_cache.clear()
         self._stack_cache.clear()
-        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moves and conversions replace values without touching version counters.
-        self._kv_cache.clear()
-        self._stack_cache.clear()
+        self.forget()
         return super()._apply(fn, recurse)
 
     def set_epoch(self, epoch: int) -> None:
@@ -199,12 +226,26 @@ class PromptedViT(nn.Module):
         self._recompute = enable
 
     def trainable_named_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the trained parameters by name: prompts, optional modules, classification head."""
+        """Return the trained parameters by name: prompts, optional modules, what the tuning names
+        of the backbone, classification head."""
         self.require_backbone()
         frozen = {id(p) for p in self.backbone.parameters()}
-        for layer in blocks.classifier_layers(self.backbone):
+        frozen -= {id(p) for p in backbone_parameters(self.tuning, self.backbone).values()}
+        for layer in self._heads():
             frozen -= {id(p) for p in layer.parameters()}
         return {name: p for name, p in self.named_parameters() if id(p) not in frozen}
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """Return all that training decides, by name: the trained parameters, and what is found or
+        counted beside them (prototypes, mappings, masks, running statistics)."""
+        heads = {id(b) for layer in self._heads() for b in layer.buffers()}
+        state = self.state_dict(keep_vars=True)
+        buffers = {
+            name: value
+            for name, value in self.named_buffers()
+            if name in state and (id(value) in heads or not name.startswith("backbone."))
+        }
+        return {**self.trainable_named_parameters(), **buffers}
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the trained parameters, for an optimiser."""
@@ -225,18 +266,27 @@ class PromptedViT(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of the head."""
-        return self.backbone.num_classes
+        """Number of classes of the logits."""
+        return self.backbone.num_classes if self.mapping is None else self.mapping.num_classes
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classification head by a fresh linear layer, which is trained.
+        """Replace the classification head by a fresh one, which is trained.
 
         With 0 classes there is no head, and the model returns what it would have read.
+
+        Raises:
+            ValueError: the model's own head is kept, and its logits are mapped to classes.
         """
         require_int("num_classes", num_classes, 0)
         self.require_backbone()
+        remedy = "wrap a fresh backbone with the other number of classes"
+        mapped, expected = self.mapping is not None, "a model whose head is trained"
+        require(not mapped, "num_classes", "a model with an output mapping", expected, remedy)
         self.backbone.reset_classifier(num_classes)
+        for name in blocks.classifier_names(self.backbone):
+            setattr(self.backbone, name, make_head(self.tuning, getattr(self.backbone, name)))
         self._prepare_head()
+        self.train(self.training)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Save what was trained into a folder; see `tcpa.save_pretrained`."""
@@ -264,11 +314,30 @@ class PromptedViT(nn.Module):
                 wrapped again.
         """
         require_bool("return_distance", return_distance)
-        all_rows = not self.savings.last_block_head_rows
-        rows = None if all_rows else blocks.rows_read_by_head(self.backbone)
-        x, distance, _ = self._run_blocks(images, rows)
-        logits = self.backbone.forward_head(self.backbone.norm(x))
+        x, distance, _ = self._run_blocks(images, self._head_rows())
+        logits = self._classify(self.backbone.norm(x), images)
         return (logits, distance) if return_distance else logits
+
+    def source_logits(self, images: Tensor) -> Tensor:
+        """Return the logits of the head, before any output mapping, `[B, S]`."""
+        tokens = self._run_blocks(images, self._head_rows())[0]
+        return self.backbone.forward_head(self.backbone.norm(tokens))
+
+    def _head_rows(self) -> int | None:
+        all_rows = not self.savings.last_block_head_rows
+        return None if all_rows else blocks.rows_read_by_head(self.backbone)
+
+    def _classify(self, tokens: Tensor, images: Tensor) -> Tensor:
+        """Map normed tokens, and the images where modules beside the backbone read them, to
+        logits."""
+        if self.side is None and self.feature_prompt is None:
+            logits = self.backbone.forward_head(tokens)
+        else:
+            feature = self.backbone.forward_head(tokens, pre_logits=True)
+            for module in (self.feature_prompt, self.side):
+                feature = feature if module is None else module(feature, images)
+            logits = self.backbone.head(feature)
+        return logits if self.mapping is None else self.mapping(logits)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the normed tokens of the last block, `[B, L, C]`, all of them and no prompts."""
@@ -278,12 +347,16 @@ class PromptedViT(nn.Module):
         """Map tokens from `forward_features`, `[B, L, C]`, to logits, or to the head's input.
 
         Raises:
-            TypeError, ValueError: `features` are no such tokens.
+            TypeError, ValueError: `features` are no such tokens, or logits need the image too.
         """
+        needs_image = self.side is not None or self.feature_prompt is not None
+        got, remedy = "a model whose head also reads the image", "call model(images)"
+        require(pre_logits or not needs_image, "features", got, "one whose head does not", remedy)
         tokens = require_tensor("features", features, "[B, L, C]", 3)
         expected = (*tokens.shape[:2], self.backbone.embed_dim)
         require_shape("features", tokens, expected, "B, L, C of forward_features")
-        return self.backbone.forward_head(features, pre_logits=pre_logits)
+        found = self.backbone.forward_head(features, pre_logits=pre_logits)
+        return found if pre_logits or self.mapping is None else self.mapping(found)
 
     @torch.no_grad()
     def selection(self, images: Tensor) -> list[Tensor]:
@@ -356,7 +429,7 @@ class PromptedViT(nn.Module):
         blocks.check_images(self.backbone, images)
         if not torch.compiler.is_compiling():
             self._check_use()
-        x, ropes = blocks.embed_images(self.backbone, self.image_prompt(images))
+        x, ropes = blocks.embed_images(self.backbone, self._prompt_images(images))
         if self._capture is not None:
             self._capture.begin(x.shape[1])
         if torch.is_grad_enabled() and not (self.savings.skip_input_gradient or x.requires_grad):
@@ -388,6 +461,14 @@ class PromptedViT(nn.Module):
             if self._capture is not None:
                 self._capture.tokens(index, before, x)
         return (x[:, :num_tokens] if self._is_shallow else x), distance, gates
+
+    def _prompt_images(self, images: Tensor) -> Tensor:
+        """Do to the images what is done to them before anything else."""
+        if self.input_prompt is not None:
+            clustered = isinstance(self.input_prompt, ClusterFramePrompt)
+            index = (self.clusters(images),) if clustered else ()
+            images = self.input_prompt(images, *index)
+        return self.image_prompt(images)
 
     def _check_use(self) -> None:
         """Speak up where a mistake would go unnoticed."""
@@ -432,23 +513,30 @@ class PromptedViT(nn.Module):
             savings=self.savings,
             recorder=None if capture is None else capture.recorder(index, patches),
         )
-        block = self.backbone.blocks[index]
-        if self.tokens is not None and prompts is not None and not self.savings.prompt_keys_only:
-            x = run_block_on_tokens(block, x, settings, rope=rope, prompts=prompts, rows=rows)
-            return x, distance, gate
-        x = run_block(
+        block, tokens = self.backbone.blocks[index], self.tokens
+        options: dict[str, Any] = {"rope": rope, "prompts": prompts, "rows": rows}
+        if self.adapters is not None:
+            options["adapter"] = self.adapters[index]
+        if isinstance(tokens, E2VPTPrompts) and prompts is not None:
+            options["extra_keys"] = tokens.extra_keys()[index]
+        if isinstance(tokens, GatedPrompts):
+            options["query_scale"] = tokens.query_scale(index)
+        if tokens is not None and prompts is not None and not self.savings.prompt_keys_only:
+            return run_block_on_tokens(block, x, settings, **options), distance, gate
+        out = run_block(
             block,
             x,
             settings,
-            rope=rope,
-            prompts=prompts,
             prompt_kv=prompt_kv,
             value_affine=self.value_affine,
             gate=gate,
-            rows=rows,
             normed=normed,
+            **options,
         )
-        return x, distance, gate
+        if isinstance(tokens, GatedPrompts) and index + 1 < len(self.backbone.blocks):
+            mixed = tokens.mix(index, x[:, num_tokens:], out[:, num_tokens:])
+            out = torch.cat((out[:, :num_tokens], mixed), dim=1)
+        return out, distance, gate
 
     def _match(
         self, index: int, x: Tensor, norm: nn.LayerNorm | None
@@ -490,7 +578,8 @@ class PromptedViT(nn.Module):
 
     @property
     def _is_shallow(self) -> bool:
-        return self.tokens is not None and not self.tokens.config.deep
+        shallow = isinstance(self.config, VPTConfig) and not self.config.deep
+        return shallow or isinstance(self.tokens, GatedPrompts)
 
     def _prepare_prompts(self, batch_size: int) -> tuple[Tensor | None, list[PromptKV] | None]:
         """Return the prompts of all blocks, or instead their keys and values.
@@ -519,9 +608,14 @@ class PromptedViT(nn.Module):
             if repeated and together and not compiling:
                 stacked = self._stack_cache.get(sources, lambda: StackedProjections.of(layers))
             if stacked is not None:
-                return stacked.project(layers, prompts, self.value_affine)
-            pairs = zip(layers, prompts, strict=True)
-            return [prompt_keys_values(block, rows, self.value_affine) for block, rows in pairs]
+                found = stacked.project(layers, prompts, self.value_affine)
+            else:
+                pairs = zip(layers, prompts, strict=True)
+                found = [prompt_keys_values(one, rows, self.value_affine) for one, rows in pairs]
+            if isinstance(source, E2VPTPrompts):
+                both = zip(found, source.extra_keys(), strict=True)
+                found = [kv.with_keys(extra) for kv, extra in both]
+            return found
 
         if repeated or compiling:
             return None, compute()

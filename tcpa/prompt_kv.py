@@ -22,6 +22,13 @@ class PromptKV(NamedTuple):
     keys: Tensor
     values: Tensor
 
+    def with_keys(self, extra: Tensor) -> "PromptKV":
+        """Add prompts `[P', H, D]` that are their own keys and values."""
+        extra = extra.to(self.keys.dtype)
+        extra = extra if self.keys.ndim == 3 else extra.expand(len(self.keys), -1, -1, -1)
+        keys, values = (torch.cat((given, extra), dim=-3) for given in self)
+        return PromptKV(keys, values)
+
 
 def prompt_keys_values(
     block: blocks.ModuleLike, prompts: Tensor, value_affine: nn.Module | None
@@ -113,7 +120,8 @@ class ParameterCache(Generic[T]):
         Changes are seen by torch's version counters, which edits through `.data` do not touch; the
         model clears the cache when it is moved, converted or switched to training or evaluation.
         """
-        state = self._identify([p for m in sources if m is not None for p in m.parameters()])
+        modules = [module for module in sources if module is not None]
+        state = self._identify([t for m in modules for t in (*m.parameters(), *m.buffers())])
         if state is None:
             return compute()
         if state != self._state:
@@ -121,7 +129,7 @@ class ParameterCache(Generic[T]):
         return cast(T, self._kept)
 
     @staticmethod
-    def _identify(parameters: list[nn.Parameter]) -> object:
+    def _identify(parameters: list[Tensor]) -> object:
         # Parameters made under inference_mode have no version counter: nothing can be kept.
         if any(p.is_inference() for p in parameters):
             return None

@@ -60,13 +60,21 @@ def fourier_transform(prompts: Tensor, dims: tuple[int, ...] = (-2, -1)) -> Tens
     return _fourier_transform(prompts, list(dims)) if prompts.numel() else prompts
 
 
-def _dropout(prompts: Tensor, p: float, batch_size: int, training: bool, shared: bool) -> Tensor:
+def drop_elements(
+    prompts: Tensor, p: float, batch_size: int, training: bool, shared: bool
+) -> Tensor:
     """Drop elements of `[N, P, C]`; per-sample masks turn it into `[N, B, P, C]`."""
     if not training or p == 0:
         return prompts
     if not shared:
         prompts = prompts.unsqueeze(1).expand(-1, batch_size, -1, -1)
     return F.dropout(prompts, p)
+
+
+def init_tokens(prompts: Tensor, patch_area: int) -> None:
+    """Draw prompts `[..., C]` from VPT's U(-v, v), v = sqrt(6 / (3 * patch area + C))."""
+    bound = math.sqrt(6 / (3 * patch_area + prompts.shape[-1]))
+    nn.init.uniform_(prompts, -bound, bound)
 
 
 class PromptPools(nn.Module):
@@ -107,7 +115,7 @@ class PromptPools(nn.Module):
         config = self.config
         rows = torch.cat((self.cls_prompts.flatten(1, 2), self.image_prompts.flatten(1, 2)), dim=1)
         shared = config.prompt_dropout_shared
-        prompts = _dropout(rows, config.prompt_dropout, batch_size, self.training, shared)
+        prompts = drop_elements(rows, config.prompt_dropout, batch_size, self.training, shared)
         if config.prompt_transform == "fourier":
             prompts = self._transform(prompts)
         if config.token_noise > 0 and self.training:
@@ -137,15 +145,17 @@ class TokenPrompts(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the prompts from the distribution that the configuration names."""
-        width = self.prompts.shape[-1]
-        xavier = math.sqrt(6 / (3 * self.patch_area + width))
-        bound = xavier if self.config.init == "xavier" else 1.0
-        nn.init.uniform_(self.prompts, -bound, bound)
+        if self.config.init == "xavier":
+            init_tokens(self.prompts, self.patch_area)
+        else:
+            nn.init.uniform_(self.prompts, -1.0, 1.0)
 
     def forward(self, batch_size: int) -> Tensor:
         """Return the prompts of all prompted blocks, `[N, P, C]` or, per sample, `[N, B, P, C]`."""
         config = self.config
-        prompts = _dropout(self.prompts, config.dropout, batch_size, self.training, shared=False)
+        prompts = drop_elements(
+            self.prompts, config.dropout, batch_size, self.training, shared=False
+        )
         count = int(config.fourier_fraction * config.length)
         if count == 0:
             return prompts

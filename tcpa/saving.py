@@ -23,15 +23,22 @@ from torch import Tensor, nn
 from . import blocks
 from .build import create_model, require_covered, wrap
 from .checks import FLOAT_DTYPES, config_from_dict, require, require_bool, require_choice
-from .config import PromptConfig, Savings, TCPAConfig, VPTConfig
+from .config import TOKEN_PROMPTS, PromptConfig, Savings
 from .dispatch import Impl
+from .input_config import INPUT_PROMPTS
+from .input_prompts import ClusterFramePrompt
 from .model import PromptedViT
+from .tuning import backbone_parameters
+from .tuning_config import TUNINGS, HeadTuning
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FORMAT = "tcpa-adapter"
 FORMAT_VERSION = 1
-METHODS: dict[str, type | None] = {"tcpa": TCPAConfig, "vpt": VPTConfig, "linear": None}
+METHODS: dict[str, type | None] = {**TOKEN_PROMPTS, "linear": None}
+CHOICES: dict[str, dict[str, Any]] = {"input_prompt": INPUT_PROMPTS, "tuning": TUNINGS}
+"""Fields of an adapter that has such a choice beside its token prompts; each holds the name of its
+kind and its configuration."""
 SCHEMA: dict[str, Any] = {
     "method": str,
     "config": (dict, type(None)),
@@ -67,10 +74,13 @@ def save_pretrained(model: PromptedViT, directory: str | os.PathLike[str]) -> No
         got = type(model).__name__
         raise TypeError(f"model: got {got}, expected what tcpa.wrap returns; unwrap it (.module)")
     model.require_backbone()
+    for name, part in (("input_prompt", model.input_prompt), ("mapping", model.mapping)):
+        fitted, expected = getattr(part, "fitted", True), "one that was fitted to training images"
+        require(fitted, f"model: {name}", "one that was not fitted", expected, "train it first")
     folder = _folder(directory)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"directory: got the file {folder}, expected a folder; rename one")
-    tensors = {k: p.detach().cpu() for k, p in model.trainable_named_parameters().items()}
+    tensors = {name: value.detach().cpu() for name, value in model.trained_tensors().items()}
     # Values that share memory would be refused; clones also make views contiguous.
     tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     _require_finite("model", tensors, "do not save it over a good one; load an earlier adapter")
@@ -99,13 +109,15 @@ def describe(model: PromptedViT) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "method": method_name(config),
         "config": None if config is None else dataclasses.asdict(config),
+        "input_prompt": _described(model.input_config, INPUT_PROMPTS),
+        "tuning": _described(model.tuning, TUNINGS),
         "num_classes": model.num_classes,
         "backbone": {
             "name": f"{name}.{tag}" if tag else name,
             "image_size": list(backbone.patch_embed.img_size or ()),
             "dtype": _dtype_of(model),
             "settings": blocks.settings(backbone),
-            "fingerprint": backbone_fingerprint(backbone),
+            "fingerprint": backbone_fingerprint(backbone, model.tuning, model.mapping is not None),
         },
         "normalization": {"mean": model.normalization.mean, "std": model.normalization.std},
         "versions": {"tcpa": __version__, "torch": torch.__version__, "timm": timm.__version__},
@@ -119,10 +131,26 @@ def method_name(config: PromptConfig | None) -> str:
     return next(name for name, cls in METHODS.items() if cls is type(config))
 
 
-def backbone_fingerprint(backbone: nn.Module) -> str:
-    """Return the SHA-256 of the frozen weights: names, shapes, dtypes and bytes."""
+def _described(config: Any, kinds: Mapping[str, type]) -> dict[str, Any] | None:
+    """Return name and values of a configuration, as JSON."""
+    if config is None:
+        return None
+    name = next(name for name, cls in kinds.items() if cls is type(config))
+    return {"kind": name, "config": dataclasses.asdict(config)}
+
+
+def backbone_fingerprint(
+    backbone: nn.Module, tuning: HeadTuning | None = None, with_head: bool = False
+) -> str:
+    """Return the SHA-256 of the frozen weights: names, shapes, dtypes and bytes.
+
+    Weights that `tuning` trains are not part of it; the head is under an output mapping alone.
+    """
     heads = {id(p) for h in blocks.classifier_layers(backbone) for p in h.parameters()}
-    return _checksum({n: p for n, p in backbone.named_parameters() if id(p) not in heads})
+    left_out = set() if with_head else heads
+    if tuning is not None:
+        left_out |= {id(p) for p in backbone_parameters(tuning, backbone).values()}
+    return _checksum({n: p for n, p in backbone.named_parameters() if id(p) not in left_out})
 
 
 def _checksum(tensors: Mapping[str, Tensor], record: Mapping[str, Any] | None = None) -> str:
@@ -173,8 +201,11 @@ def from_pretrained(
     folder = _folder(directory)
     saved = _read_config(folder / CONFIG_FILE)
     config = _config_of(saved, folder / CONFIG_FILE)
+    chosen = {name: _choice_of(saved, name, folder / CONFIG_FILE) for name in CHOICES}
     tensors = _read_tensors(folder / WEIGHTS_FILE, saved)
     options: dict[str, Any] = {
+        **chosen,
+        "load_weights": False,
         "num_classes": saved["num_classes"],
         "savings": savings,
         "impl": impl,
@@ -183,25 +214,29 @@ def from_pretrained(
     if backbone is None:
         model = _create_backbone(saved["backbone"], config, options)
         if check_backbone:
-            _require_same_backbone(saved["backbone"], model.backbone)
+            _require_same_backbone(saved["backbone"], model.backbone, chosen)
     else:
         # Before it is taken over, so that one that is refused stays as it is.
         require_covered(backbone)
         if check_backbone:
-            _require_same_backbone(saved["backbone"], backbone)
+            _require_same_backbone(saved["backbone"], backbone, chosen)
         model = wrap(backbone, config, **options)
     _fill(model, tensors, folder / WEIGHTS_FILE, keep_dtype=saved["backbone"]["dtype"])
     return model.eval()
 
 
-def _require_same_backbone(described: dict[str, Any], backbone: nn.Module) -> None:
+def _require_same_backbone(
+    described: dict[str, Any], backbone: nn.Module, chosen: dict[str, Any]
+) -> None:
     """Check settings and frozen weights against those of the training."""
     found = blocks.settings(backbone)
     for name, value in described["settings"].items():
         got, remedy = repr(found.get(name)), "create the backbone as for the training, or pass "
         remedy += "check_backbone=False"
         require(found.get(name) == value, f"backbone: {name}", got, repr(value), remedy)
-    expected, got = described["fingerprint"], backbone_fingerprint(backbone)
+    mapped = getattr(chosen["input_prompt"], "maps_logits", False)
+    expected = described["fingerprint"]
+    got = backbone_fingerprint(backbone, chosen["tuning"], mapped)
     architecture = described["name"].split(".")[0]
     require(
         got == expected,
@@ -307,6 +342,21 @@ def _config_of(saved: dict[str, Any], path: Path) -> PromptConfig | None:
         raise ValueError(f"{path}: {error}") from error
 
 
+def _choice_of(saved: dict[str, Any], name: str, path: Path) -> Any:
+    """Return the configuration of a choice; None where an adapter does not have it."""
+    found, remedy = saved.get(name), "save the adapter again"
+    if found is None:
+        return None
+    where = f"{path}: {name}"
+    fits = isinstance(found, dict) and found.keys() == {"kind", "config"}
+    require(fits, where, json.dumps(found), "an object with kind and config", remedy)
+    require_choice(f"{where}: kind", found["kind"], tuple(CHOICES[name]))
+    try:
+        return config_from_dict(CHOICES[name][found["kind"]], found["config"], "config")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 def _read_tensors(path: Path, saved: dict[str, Any]) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(
@@ -332,11 +382,18 @@ def _require_finite(name: str, tensors: dict[str, Tensor], remedy: str) -> None:
 
 @torch.no_grad()
 def _fill(model: PromptedViT, tensors: dict[str, Tensor], path: Path, keep_dtype: str) -> None:
-    """Put saved values in place of the trained parameters.
+    """Put saved values in place of what training decides.
 
     They keep their saved dtypes on a backbone of the dtype `keep_dtype`.
     """
-    targets = model.trainable_named_parameters()
+    prototypes = tensors.get("input_prompt.prototypes")
+    if isinstance(model.input_prompt, ClusterFramePrompt) and prototypes is not None:
+        require(prototypes.ndim == 2, str(path), "prototypes", "[J, C]", "save the adapter again")
+        model.input_prompt.resize(len(prototypes))
+        model.input_prompt.fitted = True
+    if model.mapping is not None:
+        model.mapping.fitted = True
+    targets = model.trained_tensors()
     missing, unknown = sorted(targets.keys() - tensors), sorted(tensors.keys() - targets)
     fits = not missing and not unknown
     expected = "exactly the trained parameters"
@@ -346,8 +403,13 @@ def _fill(model: PromptedViT, tensors: dict[str, Tensor], path: Path, keep_dtype
         got, shape = f"{name} {list(value.shape)}", f"{list(parameter.shape)}"
         remedy = "use the backbone architecture that the adapter was trained on"
         require(value.shape == parameter.shape, str(path), got, shape, remedy)
-        is_float, remedy = value.dtype in FLOAT_DTYPES, "save the adapter again"
-        require(is_float, str(path), f"{name} {value.dtype}", "floating point", remedy)
+        remedy = "save the adapter again"
+        if parameter.is_floating_point():
+            is_float = value.dtype in FLOAT_DTYPES
+            require(is_float, str(path), f"{name} {value.dtype}", "floating point", remedy)
+        else:
+            fits, expected = value.dtype == parameter.dtype, str(parameter.dtype)
+            require(fits, str(path), f"{name} {value.dtype}", expected, remedy)
     same = _dtype_of(model) == keep_dtype
     for name, parameter in targets.items():
         dtype = tensors[name].dtype if same else parameter.dtype

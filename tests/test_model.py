@@ -392,7 +392,7 @@ def test_bad_arguments_of_wrap():
         wrap("vit_tiny_patch16_224", QUIET)
     with pytest.raises(ValueError, match="backbone: got a wrapped model"):
         wrap(wrap(TINY.create(), QUIET), QUIET)
-    with pytest.raises(TypeError, match="config: got dict, expected TCPAConfig, VPTConfig or None"):
+    with pytest.raises(TypeError, match="config: got dict, expected TCPAConfig, VPTConfig, E2VPT"):
         wrap(TINY.create(), {})
     with pytest.raises(TypeError, match="savings: got bool, expected Savings"):
         wrap(TINY.create(), QUIET, savings=True)

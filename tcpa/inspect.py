@@ -1,0 +1,71 @@
+"""Seeing what the prompts do: arrays for a notebook, and figures of them.
+
+    from tcpa import inspect
+
+    found = inspect.selections(model, images)
+    print(inspect.usage(found).dead, inspect.overlap(found).neighbours)
+    inspect.draw_selection(image, found.image[-1, 0], found.grid, found.num_pool[1])
+
+Functions return numpy arrays in small records; figures are made by the `draw_...` functions, which
+import matplotlib, as `tsne` and `separation` import scikit-learn, only when they are called (extra
+`plot`). For the raw tensors of one pass see `PromptedViT.capture`.
+"""
+
+from .inspect_attention import AttentionMaps, attention_maps, patch_token
+from .inspect_common import patch_grid
+from .inspect_diversity import Diversity, diversity, effective_rank
+from .inspect_features import Separation, features, separation, tsne
+from .inspect_figures import (
+    Series,
+    draw_attention,
+    draw_attention_surface,
+    draw_lines,
+    draw_points,
+    draw_selection,
+    draw_usage,
+)
+from .inspect_selection import (
+    Change,
+    Overlap,
+    Selections,
+    Usage,
+    change,
+    entropy_bits,
+    expected_jaccard,
+    overlap,
+    selections,
+    usage,
+    why_nothing_is_selected,
+)
+
+__all__ = [
+    "AttentionMaps",
+    "Change",
+    "Diversity",
+    "Overlap",
+    "Selections",
+    "Separation",
+    "Series",
+    "Usage",
+    "attention_maps",
+    "change",
+    "diversity",
+    "draw_attention",
+    "draw_attention_surface",
+    "draw_lines",
+    "draw_points",
+    "draw_selection",
+    "draw_usage",
+    "effective_rank",
+    "entropy_bits",
+    "expected_jaccard",
+    "features",
+    "overlap",
+    "patch_grid",
+    "patch_token",
+    "selections",
+    "separation",
+    "tsne",
+    "usage",
+    "why_nothing_is_selected",
+]
