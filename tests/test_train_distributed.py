@@ -89,6 +89,23 @@ def test_a_run_of_two_processes_goes_on_after_a_kill(train, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("log_steps", [1, 4])
+def test_processes_of_which_one_is_asked_to_end_do_so_together(log_steps, train, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options = {"prompt_dropout": 0.1, "random_selection_epochs": 1, "log_steps": log_steps}
+    options |= {"processes": 2, "checkpoint_seconds": 1e6, "epochs": 3}
+    assert train(whole, **options) == [0, 0]
+    # The last process alone gets it; all know it one step later.
+    for kill in (("SIGTERM", 4), ("SIGINT", 4), ("tested", 1)):
+        status = 128 + (2 if kill[0] == "SIGINT" else 15)
+        assert train(broken, kill, **options) == [status, status]
+    assert "which is saved; the same command" in (broken / "said.txt").read_text()
+    assert train(broken, **options) == [0, 0]
+    assert_equal_runs(whole, broken, rtol=0)
+    first, second = end_of(whole)[0], end_of(broken)[0]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_the_first_process_alone_writes(train, tmp_path):
     assert train(tmp_path, processes=2) == [0, 0]
     (folder,) = tmp_path.glob("*/*/*")

@@ -8,13 +8,19 @@ import functools
 import json
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import train_zygote
 from safetensors import safe_open
-from tcpa.train.engine.checkpoint import CURRENT
+from tcpa.train.engine.checkpoint import CURRENT, load_checkpoint
+from tcpa.train.engine.interruption import noted
+from tcpa.train.run import run
+from train_runs import make_config, make_splits
+
+from tcpa.cli import UsageError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked and killed")
 
@@ -118,6 +124,90 @@ def test_a_run_between_checkpoints_repeats_what_was_lost(train, uninterrupted, t
     assert train(tmp_path, ("step", 8), checkpoint_seconds=1e6) == -9
     assert train(tmp_path, checkpoint_seconds=1e6) == 0
     assert_same_end(tmp_path, uninterrupted)
+
+
+# Asked to end.
+
+ASKED = [
+    ("SIGINT", 2, 1),
+    ("SIGINT", 8, 5),
+    ("SIGTERM", 6, 3),
+    ("SIGTERM", 10, 7),
+    ("tested", 1, 3),
+    ("tested", 5, 9),
+]
+"""Signal, number of the batch with which it comes, and the step after which the run ends; the first
+three batches are those of the pipeline's timing."""
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=lambda asked: f"{asked[0]}-{asked[1]}")
+@pytest.mark.parametrize("seldom", [False, True], ids=["every-step", "between-looks"])
+def test_a_run_that_is_asked_to_end_saves_and_ends_the_same(asked, seldom, train, tmp_path):
+    signal_name, batch, step = asked
+    # Nothing else is saved, and losses are looked at after two of three steps.
+    options = {"log_steps": 2, "checkpoint_seconds": 1e6} if seldom else {}
+    assert train(tmp_path / "whole", **options) == 0
+    assert train(tmp_path, (signal_name, batch), **options) == (
+        130 if signal_name == "SIGINT" else 143
+    )
+    (checkpoint,) = [path.parent for path in tmp_path.glob(f"cub/**/{CURRENT}")]
+    found, _ = load_checkpoint(checkpoint)
+    assert found is not None and found.state["step"] == step
+    assert (tmp_path / "said.txt").read_text() == (
+        f"stopped after step {step} of {STEPS}, which is saved; the same command goes on from there"
+    )
+    assert not list(tmp_path.glob("cub/**/result.json"))
+    assert train(tmp_path, **options) == 0
+    assert_same_end(tmp_path, end_of(tmp_path / "whole"))
+
+
+def test_a_run_can_be_asked_again_and_again(train, uninterrupted, tmp_path):
+    options = {"checkpoint_seconds": 1e6}
+    for name in ("SIGTERM", "SIGINT", "tested", "SIGTERM"):
+        assert train(tmp_path, (name, 2 if name != "tested" else 1), **options) in (130, 143)
+    assert train(tmp_path, **options) == 0
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def test_a_second_signal_ends_it_at_once(train, uninterrupted, tmp_path):
+    assert train(tmp_path, ("twice", 4), checkpoint_seconds=1e6) == 130
+    assert not list(tmp_path.glob("**/checkpoint*")) and not (tmp_path / "said.txt").exists()
+    assert train(tmp_path) == 0
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def test_a_loss_that_is_not_finite_is_not_saved_when_asked(tmp_path):
+    splits = make_splits()
+    epoch = splits.train.epoch
+
+    def poisoned(number, start=0):
+        for index, batch in enumerate(epoch(number, start), start):
+            # Not in the timing of the pipeline.
+            if (number, index) == (1, 1):
+                batch.images[0] = torch.nan
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    splits.train.epoch = poisoned
+    config = make_config(tmp_path, log_steps=3, checkpoint_seconds=1e6)
+    with pytest.raises(UsageError, match="step 5: the loss is not finite"):
+        run(config, splits)
+    assert not list(tmp_path.glob("**/checkpoint*"))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with noted() as requests:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert requests.received == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert requests.received == signal.SIGTERM
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 FULL = [("disk", 1), ("disk", 2), ("disk", 3), ("disk", 4), ("disk", 7)]

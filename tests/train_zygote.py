@@ -13,9 +13,12 @@ after   after it did
 line    in the middle of the n-th line of the metrics
 disk    not killed: from the n-th file on, the disk is full
 limit   not killed: no file may grow beyond n bytes
+SIGINT, SIGTERM  the last process gets this signal when its n-th batch was handed out
+twice   it gets SIGINT two times
+tested  it gets SIGTERM when the n-th batch of test images was handed out
 
 The answer is a list of exit statuses, one per process: -9 after a kill, 3 after a UsageError, which
-goes to OUTPUT/error.txt.
+goes to OUTPUT/error.txt, 128 + its number after a signal, with what is said in OUTPUT/said.txt.
 """
 
 import atexit
@@ -39,6 +42,7 @@ from typing import Any
 import torch
 from tcpa.train import files
 from tcpa.train.engine import journal
+from tcpa.train.engine.interruption import Interrupted
 from tcpa.train.run import run
 from train_runs import make_config, make_splits
 
@@ -109,6 +113,22 @@ class FaultyFile:
         self._file.write(data)
 
 
+ASKING = {
+    "SIGINT": [signal.SIGINT],
+    "SIGTERM": [signal.SIGTERM],
+    "twice": [signal.SIGINT, signal.SIGINT],
+    "tested": [signal.SIGTERM],
+}
+
+
+def asking_epoch(epoch: Any, count: Counter, place: str, *arguments: Any) -> Any:
+    for batch in epoch(*arguments):
+        if count.due():
+            for number in ASKING[place]:
+                os.kill(os.getpid(), number)
+        yield batch
+
+
 def inject(kill: list, splits: Any) -> None:
     """Prepare the fault."""
     place, number = kill
@@ -124,6 +144,9 @@ def inject(kill: list, splits: Any) -> None:
                 yield batch
 
         source.epoch = killing_epoch
+    elif place in ASKING:
+        source = splits.evaluation["test"] if place == "tested" else splits.train
+        source.epoch = functools.partial(asking_epoch, source.epoch, Counter(number), place)
     elif place == "limit":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
@@ -148,7 +171,7 @@ def train(job: dict[str, Any], rank: int) -> None:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
         numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ.update(place | numbers)
-    if job["kill"] and rank == 0:
+    if job["kill"] and rank == (world - 1 if job["kill"][0] in ASKING else 0):
         inject(job["kill"], splits)
     output = Path(job["output"])
     try:
@@ -157,6 +180,12 @@ def train(job: dict[str, Any], rank: int) -> None:
         output.mkdir(parents=True, exist_ok=True)
         (output / "error.txt").write_text(str(error))
         os._exit(3)
+    except Interrupted as ended:
+        if str(ended):
+            (output / "said.txt").write_text(str(ended))
+        os._exit(ended.status)
+    except KeyboardInterrupt:
+        os._exit(130)
 
 
 def fork(job: dict[str, Any], rank: int) -> int:

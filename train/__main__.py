@@ -13,6 +13,7 @@ from ..cli import UsageError, command
 from .config import RecipesConfig, ReportConfig, RunConfig, SweepConfig
 from .data.commands import PrepareConfig, VerifyConfig
 from .demo.config import DemoConfig, PretrainConfig, TuneConfig
+from .engine.interruption import Interrupted
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
     "run": (RunConfig, ".run", "run"),
@@ -76,7 +77,7 @@ def parse(words: list[str]) -> tuple[str, Any]:
 
 @command("tcpa-train")
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; return the exit status (2: the request cannot be met)."""
+    """Run one command; return the exit status (2: the request cannot be met, 128 + n: signal n)."""
     words = sys.argv[1:] if arguments is None else arguments
     asked = words[1:] if words and words[0] in GROUPS else words
     if not asked or asked[0] in ("-h", "--help"):
@@ -86,6 +87,10 @@ def main(arguments: list[str] | None = None) -> int:
         name, config = parse(words)
         _, module, function = COMMANDS[name]
         getattr(importlib.import_module(module, __package__), function)(config)
+    except Interrupted as ended:
+        if str(ended):
+            print(f"tcpa-train: {ended}", file=sys.stderr)
+        return ended.status
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:

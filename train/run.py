@@ -19,6 +19,7 @@ from .engine.datasets import load_splits
 from .engine.distributed import World, join
 from .engine.folder import ENVIRONMENT, RESULT, claim
 from .engine.inputs import Splits
+from .engine.interruption import noted
 from .engine.journal import Journal
 from .engine.loop import Loop
 from .engine.model import BuiltModel, build_model
@@ -43,6 +44,7 @@ def run(config: RunConfig, splits: Splits | None = None) -> Result:
 
     Raises:
         UsageError: something that was asked for cannot be had; the message says what to change.
+        Interrupted: SIGINT, SIGTERM or SIGHUP asked it to end; the last step is saved.
     """
     settings = resolve(config)
     folder = run_folder(config, settings)
@@ -78,7 +80,7 @@ def _train(
     state = loop.state
     title = f"{config.dataset}, {config.method}, seed {settings.seed}"
     images = splits.train.num_images
-    done = state.epoch * images + state.images
+    done = state.epoch * images + min(state.batch * settings.batch_size, images)
     journal = None
     display = Display(world, title, total_images=settings.epochs * images, done_images=done)
     for warning in warnings:
@@ -89,11 +91,13 @@ def _train(
             folder, keep=state.metrics_bytes, step=state.step, tensorboard=config.tensorboard
         )
     try:
-        pipeline = _pipeline_rate(splits, world)
-        _introduce(display, title, built, splits, settings, loop, pipeline)
-        with display:
-            loop.run(journal, display)
-        result = finish(config, settings, loop, journal, folder, pipeline)
+        with noted() as requests:
+            pipeline = _pipeline_rate(splits, world)
+            _introduce(display, title, built, splits, settings, loop, pipeline)
+            with display:
+                loop.run(journal, display, requests)
+            result = finish(config, settings, loop, journal, folder, pipeline)
+        loop.close()
     finally:
         if journal is not None:
             journal.close()
@@ -169,5 +173,5 @@ def _how(config: RunConfig) -> str:
         "official": "the best test epoch: chosen on the test images, as the official code does",
         "val": "chosen on the validation images",
         "last": "the last epoch",
-    }[config.protocol]
         "tune": "the last epoch; the test images were not read",
+    }[config.protocol]

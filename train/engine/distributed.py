@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,42 @@ class World:
         holder = [value]
         dist.broadcast_object_list(holder, 0, device=self.device)
         return holder[0]
+
+
+class Agreement:
+    """The largest of a number over all processes, known one call later: nobody waits for it."""
+
+    def __init__(self, world: World) -> None:
+        """All processes create it together."""
+        self._world = world
+        # On the host, beside whatever the devices are doing.
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._asked: tuple[Tensor, Any] | None = None
+
+    def ask(self, number: int) -> int:
+        """Return the largest number of the call before; of one process this one.
+
+        Args:
+            number: of this process. All processes call equally often.
+        """
+        if self._world.size == 1:
+            return number
+        before = self.close()
+        if before:
+            return before
+        shared = torch.tensor([number])
+        work = dist.all_reduce(shared, dist.ReduceOp.MAX, self._group, async_op=True)
+        self._asked = shared, work
+        return before
+
+    def close(self) -> int:
+        """Wait for what was asked last and return the answer, 0 for none."""
+        if self._asked is None:
+            return 0
+        shared, work = self._asked
+        self._asked = None
+        work.wait()
+        return int(shared)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Accuracy on a split."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,11 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: tcpa.PromptedViT, source: Source, world: World, numerics: Numerics
+    model: tcpa.PromptedViT,
+    source: Source,
+    world: World,
+    numerics: Numerics,
+    check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Classify a split; waits for the device once, at the end. Leaves the model as it was.
 
@@ -36,11 +41,13 @@ def evaluate(
         source: every image once, over all processes.
         world: the processes.
         numerics: precision.
+        check: called before every batch; may raise to end it.
     """
     start, was_training = time.perf_counter(), model.training
     model.eval()
     counts, seen = torch.zeros(3, dtype=torch.float64, device=world.device), 0
     for batch in source.epoch(0):
+        check()
         # A process may have no row of a tiny last batch.
         if len(batch.images) == 0:
             continue

@@ -43,6 +43,8 @@ class Journal:
                 )
             self._file = self.path.open("ab")
             self._file.truncate(keep)
+            # Or the size would be told as it was until something is written.
+            self._file.seek(keep)
         except OSError as error:
             raise cannot_write(self.path, error) from None
 
@@ -74,6 +76,11 @@ class Journal:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise cannot_write(self.path, error) from None
+        return self._file.tell()
+
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
         return self._file.tell()
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,26 +14,30 @@ from ...cli import UsageError
 from ..config import RunConfig
 from ..recipes import Recipe
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from .distributed import World
+from .distributed import Agreement, World
 from .evaluate import Evaluation, evaluate
 from .inputs import Splits
+from .interruption import Interrupted, Requests
 from .journal import METRICS, Journal
 from .model import BuiltModel
 from .progress import Display
 from .steps import Trainer
+
+UNLOOKED = "unlooked"
+"""Name of the tensor of losses that nobody has looked at."""
 
 LOSSES: tuple[str, ...] = ("loss", "cross_entropy", "distance")
 
 CHOOSES_ON = {"official": "test", "val": "val", "last": None, "tune": None}
 """Protocol -> split that is evaluated after every epoch and chooses the epoch."""
 
+MEASURED_ON = {"official": "test", "val": "test", "last": "test", "tune": "val"}
+"""Protocol -> split on which the chosen epoch is measured."""
+
 
 @dataclass(kw_only=True, slots=True)
 class State:
     """Where a run is; with the tensors it is all that a checkpoint holds."""
-
-MEASURED_ON = {"official": "test", "val": "test", "last": "test", "tune": "val"}
-"""Protocol -> split on which the chosen epoch is measured."""
 
     epoch: int = 0
     """Epochs that are finished, their evaluation included."""
@@ -46,6 +51,8 @@ MEASURED_ON = {"official": "test", "val": "test", "last": "test", "tune": "val"}
     """Images of the unfinished epoch."""
     seconds: float = 0.0
     """Training time of the unfinished epoch."""
+    unlooked_seconds: float = 0.0
+    """Training time since the last look at the loss, where a run was interrupted between two."""
     best_epoch: int = 0
     """From 1; 0 before the first evaluation."""
     best_accuracy: float = -1.0
@@ -88,7 +95,8 @@ class Loop:
         )
         self.state = State()
         self.best: dict[str, Tensor] = {}
-        self._saved = time.monotonic()
+        self._saved, self._mark = time.monotonic(), time.perf_counter()
+        self._requests, self._agreement = Requests(), Agreement(world)
 
     # Checkpoints.
 
@@ -110,16 +118,18 @@ class Loop:
                     "--checkpoint-seconds)"
                 )
             return warnings
-        self.state = State(**found.state)
         try:
+            self.state = State(**found.state)
             self.trainer.load_tensors(found.tensors)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise UsageError(
-                f"{self.folder}: its checkpoint is of another model ({error}); choose another "
-                "--output, or delete the folder to begin anew"
+                f"{self.folder}: its checkpoint is of another model or version ({error}); choose "
+                "another --output, or delete the folder to begin anew"
             ) from None
         if self.state.scaler:
             self.trainer.scaler.load_state_dict(self.state.scaler)
+        if UNLOOKED in found.tensors:
+            self._put_unlooked(found.tensors[UNLOOKED])
         device = self.world.device
         self.best = {
             name.removeprefix("best/"): value.to(device)
@@ -128,14 +138,49 @@ class Loop:
         }
         return warnings
 
-    def save(self, journal: Journal | None) -> None:
-        """Write a checkpoint; only the first process does."""
+    def save(
+        self,
+        journal: Journal | None,
+        unlooked: Tensor | None = None,
+        metrics_bytes: int | None = None,
+    ) -> None:
+        """Write a checkpoint; only the first process does.
+
+        Args:
+            journal: of the first process.
+            unlooked: what `_take_unlooked` returned; None at a look at the loss.
+            metrics_bytes: how much of the metrics is valid; None for all.
+        """
         if journal is not None:
-            self.state.metrics_bytes = journal.sync()
+            size = journal.sync()
+            self.state.metrics_bytes = size if metrics_bytes is None else metrics_bytes
             self.state.scaler = self.trainer.scaler.state_dict()
-            best = {f"best/{name}": value for name, value in self.best.items()}
-            save_checkpoint(self.folder, self.trainer.tensors() | best, asdict(self.state))
+            tensors = self.trainer.tensors()
+            tensors |= {f"best/{name}": value for name, value in self.best.items()}
+            if unlooked is not None:
+                tensors[UNLOOKED] = unlooked
+            save_checkpoint(self.folder, tensors, asdict(self.state))
         self._saved = time.monotonic()
+
+    def _take_unlooked(self) -> Tensor:
+        """Return the sums since the last look of all processes, float64 `[world, 4]`: loss,
+        cross-entropy, distance and images. A look here would add up in another order."""
+        trainer = self.trainer
+        seen = torch.zeros(self.world.size, 4, dtype=torch.float64, device=self.world.device)
+        seen[self.world.rank, :3] = trainer._sums
+        seen[self.world.rank, 3] = trainer._seen
+        seen = self.world.sum(seen)
+        self._require_finite(seen[:, :3].flatten().tolist())
+        return seen
+
+    def _put_unlooked(self, seen: Tensor) -> None:
+        """Go on with what `_take_unlooked` returned, perhaps of another number of processes."""
+        if len(seen) != self.world.size:
+            others = torch.zeros(self.world.size - 1, 4, dtype=seen.dtype)
+            seen = torch.cat((seen.sum(0, keepdim=True), others))
+        mine = seen[self.world.rank]
+        self.trainer._sums.copy_(mine[:3])
+        self.trainer._seen = int(mine[3])
 
     def _save_if_due(self, journal: Journal | None) -> None:
         late = time.monotonic() - self._saved >= self.config.checkpoint_seconds
@@ -144,16 +189,19 @@ class Loop:
 
     # Epochs.
 
-    def run(self, journal: Journal | None, display: Display) -> None:
+    def run(self, journal: Journal | None, display: Display, requests: Requests) -> None:
         """Train the epochs that are left.
 
         Args:
             journal: of the first process; None on the others.
             display: what is shown.
+            requests: whether this process was asked to end.
 
         Raises:
             UsageError: the loss is not finite, or a file could not be written.
+            Interrupted: a process was asked to end; a checkpoint is written.
         """
+        self._requests = requests
         while self.state.epoch < self.settings.epochs:
             self._train_epoch(journal, display)
             self._finish_epoch(journal, display)
@@ -165,7 +213,8 @@ class Loop:
     def _train_epoch(self, journal: Journal | None, display: Display) -> None:
         state, trainer, epoch = self.state, self.trainer, self.state.epoch
         trainer.begin(epoch)
-        mark = time.perf_counter()
+        self._mark = time.perf_counter() - state.unlooked_seconds
+        state.unlooked_seconds = 0.0
         for batch in self.splits.train.epoch(epoch, state.batch):
             trainer.step(batch, epoch, state.batch, state.step)
             state.batch += 1
@@ -173,22 +222,40 @@ class Loop:
             display.advance(batch.size)
             last = state.batch == self.batches
             if last or state.batch % self.config.log_steps == 0:
-                self._look(journal, display, mark)
+                self._look(journal, display)
                 if not last:
                     self._save_if_due(journal)
-                mark = time.perf_counter()
+                self._mark = time.perf_counter()
+            self._end_if_asked(journal)
 
-    def _look(self, journal: Journal | None, display: Display, mark: float) -> None:
+    def _end_if_asked(self, journal: Journal | None, metrics_bytes: int | None = None) -> None:
+        """Save and end, all processes after the same step, if any of them was asked to.
+
+        Raises:
+            Interrupted: that is so.
+        """
+        number = self._agreement.ask(self._requests.received)
+        if not number:
+            return
+        state, total = self.state, self.settings.epochs * self.batches
+        # After the last epoch the model may hold the chosen values; all else is saved.
+        if state.epoch < self.settings.epochs:
+            # Between the last step of an epoch and its end nothing is unlooked.
+            waiting = self.trainer._seen > 0
+            state.unlooked_seconds = time.perf_counter() - self._mark if waiting else 0.0
+            self.save(journal, self._take_unlooked(), metrics_bytes)
+        text = (
+            f"stopped after step {state.step} of {total}, which is saved; the same command goes on "
+            "from there"
+        )
+        raise Interrupted(number, text if self.world.is_main else "")
+
+    def _look(self, journal: Journal | None, display: Display) -> None:
         """Wait for the device, add up the losses since the last look and write them down."""
         state = self.state
         sums, images = self.trainer.take_losses()
-        seconds = time.perf_counter() - mark
-        if not all(map(math.isfinite, sums)):
-            raise UsageError(
-                f"epoch {state.epoch + 1}, step {state.step}: the loss is not finite; the last "
-                "checkpoint is of an earlier step. Lower --learning-rate, or use --precision "
-                "bf16-autocast or fp32"
-            )
+        seconds = time.perf_counter() - self._mark
+        self._require_finite(sums)
         state.sums = [total + new for total, new in zip(state.sums, sums, strict=True)]
         state.images += images
         state.seconds += seconds
@@ -202,6 +269,14 @@ class Loop:
             }
             journal.add("steps", state.step, scalars, epoch=state.epoch + 1)
 
+    def _require_finite(self, sums: list[float]) -> None:
+        if not all(map(math.isfinite, sums)):
+            raise UsageError(
+                f"epoch {self.state.epoch + 1}, step {self.state.step}: the loss is not finite; "
+                "the last checkpoint is of an earlier step. Lower --learning-rate, or use "
+                "--precision bf16-autocast or fp32"
+            )
+
     def _finish_epoch(self, journal: Journal | None, display: Display) -> None:
         """Write the epoch down, evaluate where the protocol does so, and move on."""
         state, number = self.state, self.state.epoch + 1
@@ -212,11 +287,13 @@ class Loop:
             f"epoch {number:>3}/{self.settings.epochs}  loss {scalars['loss']:.4f}  "
             f"{state.seconds:.2f} s  {scalars['images_per_second']:,.0f} images/s"
         )
+        # An epoch whose evaluation is interrupted is written down again.
+        size = None if journal is None else journal.size
         if journal is not None:
             journal.add("epoch", state.step, scalars, epoch=number)
         split = CHOOSES_ON[self.config.protocol]
         if split is not None:
-            found = self.evaluate(split, journal, epoch=number)
+            found = self.evaluate(split, journal, epoch=number, metrics_bytes=size)
             state.last_accuracy = found.accuracy
             if found.accuracy > state.best_accuracy:
                 state.best_epoch, state.best_accuracy = number, found.accuracy
@@ -226,15 +303,26 @@ class Loop:
         state.epoch, state.batch, state.images, state.seconds = number, 0, 0, 0.0
         state.sums = [0.0] * len(LOSSES)
 
-    def evaluate(self, split: str, journal: Journal | None, *, epoch: int) -> Evaluation:
-        """Evaluate the model as it is, after an epoch (from 1), on a split; write that down."""
+    def evaluate(
+        self, split: str, journal: Journal | None, *, epoch: int, metrics_bytes: int | None = None
+    ) -> Evaluation:
+        """Evaluate the model as it is, after an epoch (from 1), on a split; write that down.
+
+        Raises:
+            Interrupted: a process was asked to end; `metrics_bytes` of the metrics are valid.
+        """
         model, source = self.built.for_evaluation(), self.splits.evaluation[split]
-        found = evaluate(model, source, self.world, self.built.eval_numerics)
+        check = partial(self._end_if_asked, journal, metrics_bytes)
+        found = evaluate(model, source, self.world, self.built.eval_numerics, check)
         if journal is not None:
             scalars = {key: getattr(found, key) for key in ("accuracy", "loss", "seconds")}
             record: dict[str, Any] = {"split": split, "images": found.images, "epoch": epoch}
             journal.add("evaluation", self.state.step, scalars, **record)
         return found
+
+    def close(self) -> None:
+        """Wait for what the processes still tell each other."""
+        self._agreement.close()
 
     # The chosen epoch.
 
