@@ -3,7 +3,9 @@
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 import tyro
 from tcpa.train import sweep as sweeping
 from tcpa.train.config import RunConfig, SweepConfig
+from tcpa.train.engine.interruption import Interrupted
 from tcpa.train.engine.settings import describe, resolve, run_folder
 from tcpa.train.sweep import arguments, jobs_of, sweep
 from train_runs import make_config
@@ -219,3 +222,66 @@ def test_an_interruption_leaves_no_process_behind(stand_in, tmp_path, monkeypatc
     with pytest.raises(ProcessLookupError):
         os.kill(int(Path("pid").read_text()), 0)
     assert not list(tmp_path.glob("runs/cub/**/log.txt")), "the second one was not started"
+
+
+SAVING = """
+import os, signal, sys, time
+from pathlib import Path
+
+def save(*_):
+    time.sleep(0.2)
+    Path("saved").touch()
+    sys.exit(143)
+
+if Path("deaf").exists():
+    save = signal.SIG_IGN
+signal.signal(signal.SIGTERM, save)
+assert os.getpgid(0) == os.getpid(), "Ctrl-C in the terminal would reach it"
+Path("pid.part").write_text(str(os.getpid()))
+Path("pid.part").rename("pid")
+time.sleep(60)
+"""
+"""Saves when it is asked to end, as a run does."""
+
+
+def signals(number, count):
+    """Return a stand-in for as_completed that sends signals once a process runs."""
+
+    def wait(futures):
+        while not Path("pid").exists():
+            time.sleep(0.01)
+        for repeat in range(count - 1):
+            threading.Timer(0.3 + 0.3 * repeat, os.kill, (os.getpid(), number)).start()
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    return wait
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_runs_may_save_when_a_sweep_is_stopped(number, stand_in, tmp_path, monkeypatch, capsys):
+    Path("stand_in.py").write_text(SAVING)
+    monkeypatch.setattr(sweeping, "as_completed", signals(number, 1))
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="the same command goes on with the runs") as caught:
+        sweep(SweepConfig(datasets=("dtd", "cub"), output=tmp_path / "runs", **OPTIONS))
+    assert caught.value.status == 128 + number and signal.getsignal(number) is before
+    assert Path("saved").exists() and not list(tmp_path.glob("runs/cub/**/log.txt"))
+    assert "stopping 1 run, which save" in capsys.readouterr().out
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(Path("pid").read_text()), 0)
+
+
+def test_a_second_signal_ends_the_runs_at_once(stand_in, tmp_path, monkeypatch):
+    Path("stand_in.py").write_text(SAVING)
+    Path("deaf").touch()
+    monkeypatch.setattr(sweeping, "as_completed", signals(signal.SIGINT, 2))
+    start = time.monotonic()
+    with pytest.raises(Interrupted):
+        sweep(SweepConfig(datasets=("dtd", "cub"), output=tmp_path / "runs", **OPTIONS))
+    assert time.monotonic() - start < 30 and not Path("saved").exists()
+    pid = int(Path("pid").read_text())
+    # The thread that waits for it ends after the sweep.
+    while Path(f"/proc/{pid}").exists():
+        time.sleep(0.01)
+        assert time.monotonic() - start < 30

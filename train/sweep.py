@@ -27,6 +27,7 @@ from ..cli import UsageError, choose_device, require
 from .config import RunConfig, SweepConfig, TrainOptions
 from .data.splits import NAMES
 from .engine.folder import CONFIG, RESULT, differences, saved_description
+from .engine.interruption import Interrupted, raised
 from .engine.settings import describe, resolve, run_folder
 from .files import read_json
 from .recipes import Recipe
@@ -124,6 +125,7 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
 
     Raises:
         UsageError: a run failed (the others were carried out), or an option cannot be met.
+        Interrupted: SIGINT, SIGTERM or SIGHUP asked it to end; the runs have saved and ended.
     """
     jobs = jobs_of(config)
     if config.print_jobs:
@@ -134,10 +136,15 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     left = [job for job in jobs if job.result() is None]
     console.print(
-        f"{len(jobs)} runs, {len(jobs) - len(left)} of them finished; "
+        f"{_runs(len(jobs))}, {len(jobs) - len(left)} of them finished; "
         f"{len(devices)} at a time on {', '.join(map(str, devices))}"
     )
-    failed = _carry_out(left, devices, console)
+    try:
+        with raised():
+            failed = _carry_out(left, devices, console)
+    except Interrupted as ended:
+        text = "stopped; the same command goes on with the runs that are not finished"
+        raise Interrupted(ended.number, text) from None
     results = [found for job in jobs if (found := job.result()) is not None]
     done = [job.folder for job in jobs if job.folder.exists()]
     print_runs(*read_runs(done), console)
@@ -148,6 +155,10 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
             f"({reason}; see {first.folder / LOG}); run the same command again to go on with them"
         )
     return results
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'s' * (count != 1)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +216,12 @@ def _carry_out(jobs: list[Job], devices: list[_Device], console: Console) -> lis
                     console.print(f"{done}: failed ({reason})", soft_wrap=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            running.stop()
+            count = running.stop()
+            if count:
+                console.print(
+                    f"stopping {_runs(count)}, which save after their step; once more to end them "
+                    "at once"
+                )
             raise
     order = {id(job): place for place, job in enumerate(jobs)}
     return sorted(failed, key=lambda item: order[id(item[0])])
@@ -222,14 +238,19 @@ class _Running:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        """End whatever was not waited for."""
+        with self._lock:
+            self._stopped = True
+            for process in self._processes:
+                process.kill()
 
-    def stop(self) -> None:
-        """End all processes; none is started from now on."""
+    def stop(self) -> int:
+        """Ask all processes to save and end, and return how many; none is started from now on."""
         with self._lock:
             self._stopped = True
             for process in self._processes:
                 process.terminate()
+            return len(self._processes)
 
     @contextlib.contextmanager
     def start(self, command: list[str], **options: Any) -> Iterator[subprocess.Popen | None]:
@@ -257,6 +278,9 @@ def _run_on_free(job: Job, free: "queue.Queue[_Device]", running: _Running) -> s
         job.folder.mkdir(parents=True, exist_ok=True)
         with (job.folder / LOG).open("ab") as log:
             options = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+            if os.name == "posix":
+                # Ctrl-C reaches all of a terminal's group: this process alone, which asks the runs.
+                options["process_group"] = 0
             with running.start(job.command, env=environment, **options) as process:
                 status = None if process is None else process.wait()
     except OSError as error:
