@@ -28,6 +28,7 @@ METHODS: dict[str, Method] = {
     "vpt-deep": "vpt-deep",
     "vfpt": "vfpt",
     "linear": "linear",
+    "linear-backward": "linear",
 }
 """Method of a step -> method of the cost model, which counts no Fourier transform."""
 
@@ -62,7 +63,7 @@ def step_cost(case: StepCase, provider: StepProvider) -> StepCost | None:
         method=METHODS[provider.method],
         vit=backbone,
         patches=patches,
-        prompts=0 if provider.method == "linear" else official.num_prompts,
+        prompts=0 if METHODS[provider.method] == "linear" else official.num_prompts,
         entries=official.cls_pool_size + official.image_pool_size,
         batch=case.batch,
         dtype=DTYPES[provider.precision],
@@ -70,7 +71,8 @@ def step_cost(case: StepCase, provider: StepProvider) -> StepCost | None:
         savings=provider.savings,
     )
     train = case.mode == "train"
-    cheapest = step(replace(work, savings=Savings()), train=train)
+    saved = replace(Savings(), skip_input_gradient=provider.method != "linear-backward")
+    cheapest = step(replace(work, savings=saved), train=train)
     own = step(work, train=train)
     repeated = sum(operation.repeated for operation in cheapest)
     return StepCost(total(cheapest).flops - repeated, total(own).flops, work, train)

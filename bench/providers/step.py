@@ -70,8 +70,9 @@ class StepProvider:
 
     name: str
     method: str = "tcpa"
-    """"tcpa" (on Fourier prompts), "vpt+tcpa", "vpt-deep", "vfpt" or "linear": all with as many
-    prompt rows (linear: none)."""
+    """"tcpa" (on Fourier prompts), "vpt+tcpa", "vpt-deep", "vfpt": all with as many prompt rows.
+    The frozen backbone without prompts: "linear" or, with the gradients of all tokens as if there
+    were prompts, "linear-backward"."""
     precision: str = "float32"
     savings: Savings = field(default_factory=Savings)
     impl: Impl = "auto"
@@ -89,13 +90,14 @@ class StepProvider:
         """Return the factor that this form was thought to bring to a step, savings included."""
         kind, gain = case.device.partition(":")[0], 1.0
         # An evaluation keeps what it projected.
-        if self.method != "linear" and case.mode == "train":
+        if not self.method.startswith("linear") and case.mode == "train":
             for saving, gains in _GAINS.items():
                 gain *= gains.get(kind, 1.0) if getattr(self.savings, saving) else 1.0
         return gain * self.expected.get(kind, 1.0)
 
 
 _PLAIN = Savings.none()
+_TOKEN_GRADIENTS = replace(Savings(), skip_input_gradient=False)
 _FROZEN = replace(_PLAIN, frozen_backbone=True)
 _SAVINGS = {
     "frozen_backbone": "frozen",
@@ -135,6 +137,12 @@ def providers(precision: str, device: str) -> list[StepProvider]:
         StepProvider(name="VPT + TCPA", method="vpt+tcpa", precision=precision),
         StepProvider(name="VPT-deep", method="vpt-deep", precision=precision),
         StepProvider(name="VFPT", method="vfpt", precision=precision),
+        StepProvider(
+            name="frozen backbone, with backward",
+            method="linear-backward",
+            precision=precision,
+            savings=_TOKEN_GRADIENTS,
+        ),
         StepProvider(name="frozen ViT", method="linear", precision=precision),
     ]
     return found
@@ -199,7 +207,7 @@ def config_of(case: StepCase, method: str) -> PromptConfig | None:
             random_selection_epochs=0,
             prompt_transform=transform,
         )
-    if method == "linear":
+    if method.startswith("linear"):
         return None
     if method == "vfpt":
         return replace(VPTConfig.vfpt(length=rows), dropout=0.0)

@@ -2,7 +2,8 @@
 
 NAME chooses the rows: words with slashes between them, each equal to a row's command, operation,
 shape, dtype, mode, provider, metric or device, and `|` between alternatives, such as
-`step/time|peak memory` or `ops/b16-224-p36-b128/bf16/time`.
+`step/time|peak memory` or `ops/b16-224-p36-b128/bf16/time`. The name `targets` stands for the table
+of `bench/targets.py`.
 """
 
 import re
@@ -11,8 +12,10 @@ from pathlib import Path
 
 from ...cli import UsageError, require, write_results
 from ..results import Row
+from ..targets import targets_table
 from .data import Table, field_of, table, tables
 
+TARGETS_TABLE = "targets"
 CHOSEN_BY = ("command", "operation", "shape", "dtype", "mode", "provider", "metric", "device")
 _MARKED = re.compile(r"(<!-- bench:(.+?) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 
@@ -64,6 +67,9 @@ def update(path: Path, rows: Sequence[Row], option: str = "--markdown") -> tuple
 
     def fill(found: re.Match[str]) -> str:
         begin, name, _, end = found.groups()
+        if name == TARGETS_TABLE:
+            written.append(name)
+            return f"{begin}\n{markdown(targets_table(rows))}\n{end}"
         chosen = choose(rows, name)
         (written if chosen else empty).append(name)
         return f"{begin}\n{markdown(table(chosen))}\n{end}" if chosen else found[0]
