@@ -5,6 +5,9 @@ Axes, the same everywhere: B batch, H heads, L tokens (prefix tokens, then patch
 W = ceil(P / 32) gate words.
 """
 
+import importlib
+from typing import Any
+
 from .build import create_model, wrap
 from .capture import BlockRecord, Capture
 from .config import HTA_DATASETS, PromptConfig, Savings, TCPAConfig, VPTConfig
@@ -80,3 +83,10 @@ __all__ = [
     "unpack_gate",
     "wrap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Only when asked for: it is for notebooks and reports, not for training.
+    if name == "inspect":
+        return importlib.import_module(".inspect", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

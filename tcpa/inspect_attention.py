@@ -5,6 +5,7 @@ Axes: N blocks, B images, H heads (1 where averaged), Q query tokens, S keys (to
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class AttentionMaps:
         share of the softmax (`normalize_over="all"`).
         """
         ends = (0, self.num_prefix_tokens, self.num_tokens, self.weights.shape[-1])
-        parts = [self.weights[..., a:b].sum(-1) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        parts = [self.weights[..., a:b].sum(-1) for a, b in pairwise(ends)]
         return np.stack(parts, axis=-1)
 
 

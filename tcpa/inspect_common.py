@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import blocks
-from .checks import require, require_int
+from .checks import require, require_int, require_tensor
 from .model import PromptedViT
 
 Pool = Literal["cls", "image"]
@@ -36,13 +36,11 @@ def batches(model: PromptedViT, images: Tensor, batch_size: int) -> Iterator[Ten
         TypeError, ValueError: they are no images, or there are none.
     """
     require_int("batch_size", batch_size, 1)
-    weight = blocks.input_weight(model.backbone)
-    if isinstance(images, Tensor):
-        images = images[:0].to(weight.device) if len(images) == 0 else images
-    blocks.check_images(model.backbone, images[:1].to(weight.device))
+    images = require_tensor("images", images, "[B, channels, height, width]", 4)
     require(len(images) > 0, "images", "none", "at least one image", "pass some")
+    device = blocks.input_weight(model.backbone).device
     for part in images.split(batch_size):
-        yield part.to(weight.device)
+        yield part.to(device)
 
 
 def patch_grid(model: PromptedViT, images: Tensor) -> tuple[int, int]:
