@@ -3,8 +3,9 @@
 import pytest
 import torch
 from models import ARCHITECTURES
-from tcpa import Savings, TCPAConfig, VPTConfig, forward, unpack_gate, wrap
 from torch import Tensor, nn
+
+from tcpa import Savings, TCPAConfig, VPTConfig, forward, unpack_gate, wrap
 
 TCPA = TCPAConfig(
     cls_pool_size=4, image_pool_size=33, cls_top_k=2, image_top_k=5, random_selection_epochs=0

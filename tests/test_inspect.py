@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from models import ARCHITECTURES
-from tcpa import TCPAConfig, VPTConfig, inspect, unpack_gate, wrap
 from torch import Tensor
+
+from tcpa import TCPAConfig, VPTConfig, inspect, unpack_gate, wrap
 
 CONFIG = TCPAConfig(
     cls_pool_size=5, image_pool_size=9, cls_top_k=2, image_top_k=3, random_selection_epochs=0
