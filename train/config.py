@@ -224,13 +224,14 @@ class RecipesConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportConfig:
-    """Compare runs with the published table: one HTML page, Markdown and CSV."""
+    """Compare runs with the published tables: one HTML page, Markdown and CSV."""
 
     folders: Annotated[tuple[Path, ...], Positional] = (Path("runs"),)
     """Folders of runs, or folders that hold some at any depth."""
 
     output: Path = Path("report")
-    """Folder for report.html, report.md, table1.csv and times.csv; earlier ones are replaced."""
+    """Folder for report.html, report.md, table1.csv, table2.csv and vtab.csv (group means and tasks
+    of VTAB-1k) and times.csv; earlier ones are replaced."""
 
     def __post_init__(self) -> None:
         _require_different("FOLDERS", self.folders)

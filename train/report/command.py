@@ -13,6 +13,7 @@ from .groups import Group, Setting, group_runs, names_of, setting_of
 from .page import Content, html_page, markdown
 from .runs import Problem, Run, read_runs
 from .tables import NONE, Table, details, table1_csv, times, to_csv
+from .vtab import details_vtab, table2_csv, tasks_csv
 
 
 def report(config: ReportConfig) -> None:
@@ -36,6 +37,8 @@ def report(config: ReportConfig) -> None:
         "report.html": html_page(content),
         "report.md": markdown(content),
         "table1.csv": table1_csv(groups),
+        "table2.csv": table2_csv(groups),
+        "vtab.csv": tasks_csv(groups),
         "times.csv": to_csv(timing.header, timing.rows),
     }
     try:
@@ -69,7 +72,7 @@ def _print(
     names: dict[Setting, str],
     problems: Sequence[Problem],
 ) -> None:
-    for shown in details(groups, names):
+    for shown in [*details(groups, names), *details_vtab(groups, names)]:
         console.print(f"\n{shown.title}", soft_wrap=True, markup=False, style="bold")
         console.print(_grid(shown))
         for note in shown.notes:

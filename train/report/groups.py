@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ...cli import UsageError
+from ..data.vtab_tasks import TASKS
 from ..engine.folder import differences
+from ..engine.loop import MEASURED_ON
 from ..recipes import SCRIPTS, recipe
 from .paper import published
 from .runs import Problem, Run
@@ -42,7 +44,7 @@ class Group:
 
     setting: Setting
     label: str
-    """Column of Table 1, or the name of a dataset of the user's own."""
+    """Column of Table 1, or the name of a task of VTAB-1k or of a dataset of the user's own."""
     runs: tuple[Run, ...]
     remarks: tuple[str, ...]
 
@@ -67,10 +69,20 @@ class Group:
         return published(self.setting.method, self.label)
 
     @property
+    def source(self) -> str:
+        """What the images of VTAB-1k are: original, jpeg or unclear; "" of other datasets."""
+        kinds = {_source(split) for split in _splits(self.runs[0]).values()} - {""}
+        return " and ".join(sorted(kinds))
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the images are all those of the published dataset."""
+        return self.setting.data == COMPLETE and self.source in ("", "original")
+
+    @property
     def delta(self) -> float | None:
         """Our mean minus the published value, points; None where they are of other images."""
-        comparable = self.setting.data == COMPLETE and self.paper is not None
-        return self.mean - self.paper if comparable and self.paper is not None else None
+        return self.mean - self.paper if self.comparable and self.paper is not None else None
 
 
 def average(groups: Sequence[Group]) -> float | None:
@@ -84,13 +96,17 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[Problem]]:
     """Put finished runs together.
 
     Returns:
-        Groups by setting and then in the order of Table 1, and runs that repeat a seed of their
-        group and are therefore left out.
+        Groups by setting and then in the order of Table 1 and of VTAB-1k, and runs that are left
+        out: they repeat a seed of their group, or were not tested.
     """
     found: dict[Any, dict[int, Run]] = {}
     problems = []
     for run in runs:
         if run.result is None:
+            continue
+        if MEASURED_ON[run.protocol] != "test":
+            text = "left out: a trial of a search, which never reads the test images"
+            problems.append(Problem(run.folder, text))
             continue
         seeds = found.setdefault((setting_of(run), run.recipe["label"], _identity(run)), {})
         first = seeds.setdefault(run.seed, run)
@@ -107,8 +123,10 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[Problem]]:
 
 
 def place_of(label: str) -> tuple[int, str]:
-    """Return the key that sorts datasets as Table 1 does, those of the user's own after them."""
-    return (LABELS.index(label) if label in LABELS else len(LABELS)), label
+    """Return the key that sorts datasets as Table 1 does, then the tasks of VTAB-1k, then those of
+    the user's own."""
+    known = (*LABELS, *TASKS)
+    return (known.index(label) if label in known else len(known)), label
 
 
 def _in_order(groups: Iterable[Group]) -> list[Setting]:
@@ -174,8 +192,13 @@ def _splits(run: Run) -> dict[str, dict[str, Any]]:
     return {name: split for name, split in data.items() if isinstance(split, dict)}
 
 
+def _source(split: dict[str, Any]) -> str:
+    """Return what the images of a split of VTAB-1k are; "" of other datasets."""
+    return str(split.get("source", {}).get("kind", ""))
+
+
 def _completeness(run: Run) -> str:
-    if run.recipe["label"] not in LABELS:
+    if run.recipe["label"] not in (*LABELS, *TASKS):
         return OWN
     splits = _splits(run)
     whole = bool(splits) and all(split.get("complete") is True for split in splits.values())
@@ -201,6 +224,8 @@ def _identity(run: Run) -> str:
     splits = {}
     for name, split in _splits(run).items():
         known = {key: split.get(key) for key in ("images", "classes", "rule")}
+        if "source" in split:
+            known["source"] = _source(split)
         if _completeness(run) != COMPLETE:
             # The sizes of the images in their order, which do not depend on the machine.
             known["index"] = split.get("cache", {}).get("index_sha256")
@@ -227,6 +252,10 @@ def _remarks(seeds: dict[int, Run]) -> tuple[str, ...]:
         for split in splits.values():
             if "ours" in str(split.get("rule")):
                 remarks.append(str(split["rule"]))
+            if _source(split) not in ("", "original"):
+                reason = split["source"].get("reason")
+                kind = {"jpeg": "lossy copies"}.get(_source(split), "perhaps lossy copies")
+                remarks.append(f"images are {kind} ({reason}): not comparable with published ones")
             if split.get("caution"):
                 remarks.append(str(split["caution"]).rstrip("."))
     return tuple(dict.fromkeys(remarks))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .groups import Group, Setting
 from .paper import FAULTS, UNPUBLISHED
+from .paper_vtab import NOTES
 from .runs import Problem
 from .tables import (
     NONE,
@@ -20,6 +21,7 @@ from .tables import (
     to_markdown,
     whole_paper,
 )
+from .vtab import details_vtab, is_vtab, overview_vtab, whole_table2
 
 if TYPE_CHECKING:
     from .figures import Curves
@@ -74,6 +76,21 @@ class Content:
     curves: "Sequence[Curves]"
 
     @property
+    def of_table1(self) -> bool:
+        """Whether a run is of HTA or of a dataset of the user's own."""
+        return not all(map(is_vtab, self.groups))
+
+    @property
+    def of_table2(self) -> bool:
+        """Whether a run is of VTAB-1k."""
+        return any(map(is_vtab, self.groups))
+
+    @property
+    def details(self) -> list[Table]:
+        """A table a setting, those of VTAB-1k last."""
+        return [*details(self.groups, self.names), *details_vtab(self.groups, self.names)]
+
+    @property
     def counted(self) -> str:
         """How many runs are in the means and how many are not."""
         runs = sum(len(group.runs) for group in self.groups)
@@ -89,12 +106,13 @@ def html_page(content: Content) -> str:
     """Return the page."""
     sections = {
         "Table 1": _table1(content),
-        "By setting": "".join(map(_titled, details(content.groups, content.names))),
+        "Table 2": _table2(content),
+        "By setting": "".join(map(_titled, content.details)),
         "Time": _times(content),
         "Curves": "".join(map(_curves, content.curves)),
         "Settings": _table(settings_table(content.names)) if content.names else "",
         "Not counted": _table(problems_table(content.problems)) if content.problems else "",
-        "The published table": _notes(),
+        "The published tables": _notes(),
     }
     shown = {title: text for title, text in sections.items() if text}
     links = "".join(f'<a href="#{_anchor(title)}">{title}</a>' for title in shown)
@@ -105,7 +123,7 @@ def html_page(content: Content) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>tcpa: runs</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
-        f"<h1>tcpa: runs against the published table</h1>\n<p>{escape(INTRODUCTION)}</p>\n"
+        f"<h1>tcpa: runs against the published tables</h1>\n<p>{escape(INTRODUCTION)}</p>\n"
         f'<p class="soft">{escape(content.counted)}; {_today()}.</p>\n<nav>{links}</nav>\n{body}'
         "</body>\n</html>\n"
     )
@@ -113,18 +131,23 @@ def html_page(content: Content) -> str:
 
 def markdown(content: Content) -> str:
     """Return the report in Markdown."""
-    parts = ["# tcpa: runs against the published table", INTRODUCTION, PROTOCOLS]
+    parts = ["# tcpa: runs against the published tables", INTRODUCTION, PROTOCOLS]
     parts += [f"{content.counted}; {_today()}."]
     if content.groups:
-        parts += ["## Table 1", to_markdown(overview(content.groups, content.names))]
+        if content.of_table1:
+            parts += ["## Table 1", to_markdown(overview(content.groups, content.names))]
+        if content.of_table2:
+            shown = overview_vtab(content.groups, content.names)
+            parts += ["## Table 2", to_markdown(shown), _list((*shown.notes, *NOTES))]
         parts += ["## By setting"]
-        for shown in details(content.groups, content.names):
+        for shown in content.details:
             parts += [f"### {shown.title}", to_markdown(shown), _list(shown.notes)]
         parts += ["## Time", to_markdown(times(content.groups, content.names))]
         parts += ["## Settings", to_markdown(settings_table(content.names))]
     if content.problems:
         parts += ["## Not counted", to_markdown(problems_table(content.problems))]
-    parts += ["## The published table", to_markdown(whole_paper()), _list(FAULTS)]
+    parts += ["## The published tables", to_markdown(whole_paper()), _list(FAULTS)]
+    parts += [to_markdown(whole_table2())]
     parts += ["What our setting took from elsewhere:", _list(UNPUBLISHED)]
     return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
 
@@ -144,8 +167,17 @@ def _anchor(title: str) -> str:
 def _table1(content: Content) -> str:
     if not content.groups:
         return "<p>No run is finished.</p>"
+    if not content.of_table1:
+        return ""
     text = _table(overview(content.groups, content.names))
     return f'{text}<p class="soft">{escape(PROTOCOLS)} Runs: for each dataset.</p>'
+
+
+def _table2(content: Content) -> str:
+    if not content.of_table2:
+        return ""
+    shown = overview_vtab(content.groups, content.names)
+    return f"{_table(shown)}{_items((*shown.notes, *NOTES))}"
 
 
 def _titled(shown: Table) -> str:
@@ -170,7 +202,7 @@ def _notes() -> str:
     return (
         f"{_items(FAULTS)}<h3>What our setting took from elsewhere</h3>{_items(UNPUBLISHED)}"
         "<details><summary>All rows, as printed (percent)</summary>"
-        f"{_table(whole_paper())}</details>"
+        f"{_table(whole_paper())}{_table(whole_table2())}</details>"
     )
 
 

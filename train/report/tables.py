@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 
+from ..data.vtab_tasks import TASKS
 from .groups import COMPLETE, LABELS, Group, Setting, average, by_setting
 from .paper import AVERAGE, ROWS, published, table
 from .runs import Problem
@@ -27,8 +28,16 @@ class Table:
 
 
 def details(groups: Sequence[Group], names: dict[Setting, str]) -> list[Table]:
-    """Return a table a setting: every dataset with the paper's value beside ours."""
-    return [_detail(found, names[setting]) for setting, found in by_setting(groups).items()]
+    """Return a table a setting: every dataset with the paper's value beside ours.
+
+    The tasks of VTAB-1k are left to `vtab.details_vtab`.
+    """
+    others = _without_vtab(groups)
+    return [_detail(found, names[setting]) for setting, found in by_setting(others).items()]
+
+
+def _without_vtab(groups: Iterable[Group]) -> list[Group]:
+    return [group for group in groups if group.label not in TASKS]
 
 
 def _detail(groups: list[Group], name: str) -> Table:
@@ -37,11 +46,11 @@ def _detail(groups: list[Group], name: str) -> Table:
     rows = [
         [
             group.label,
-            _shown(group.paper, ".1f"),
-            _shown(group.mean, ".2f"),
-            _shown(group.spread, ".2f"),
+            formatted(group.paper, ".1f"),
+            formatted(group.mean, ".2f"),
+            formatted(group.spread, ".2f"),
             str(len(group.runs)),
-            _shown(group.delta, "+.2f"),
+            formatted(group.delta, "+.2f"),
         ]
         for group in groups
     ]
@@ -49,8 +58,16 @@ def _detail(groups: list[Group], name: str) -> Table:
     if mean is not None:
         fair = setting.data == COMPLETE and paper is not None
         difference = mean - paper if fair and paper is not None else None
-        cells = [_shown(paper, ".1f"), _shown(mean, ".2f"), NONE, NONE, _shown(difference, "+.2f")]
-        rows.append(["average", *cells])
+        cells = [formatted(paper, ".1f"), formatted(mean, ".2f"), NONE, NONE]
+        rows.append(["average", *cells, formatted(difference, "+.2f")])
+    notes = notes_of(groups)
+    if setting.data != COMPLETE:
+        notes.insert(0, "Not the published images: the paper's values are no yardstick here.")
+    return Table(title=name, header=header, rows=rows, notes=tuple(notes))
+
+
+def notes_of(groups: Sequence[Group]) -> list[str]:
+    """Return what a reader should know of groups of one setting: remarks, and recipes' notes."""
     remarks: dict[str, list[str]] = {}
     for group in groups:
         for remark in group.remarks:
@@ -62,19 +79,17 @@ def _detail(groups: list[Group], name: str) -> Table:
         for run in group.runs
         if run.recipe["note"]
     )
-    if setting.data != COMPLETE:
-        notes.insert(0, "Not the published images: the paper's values are no yardstick here.")
-    return Table(title=name, header=header, rows=rows, notes=tuple(notes))
+    return notes
 
 
 def overview(groups: Sequence[Group], names: dict[Setting, str]) -> Table:
     """Return the layout of the paper, rounded as there: a line for each method, ours below it."""
     rows, method = [], ""
-    for setting, found in by_setting(groups).items():
+    for setting, found in by_setting(_without_vtab(groups)).items():
         if setting.method != method:
             method = setting.method
             if method in ROWS:
-                line = [_shown(published(method, label), ".1f") for label in (*LABELS, AVERAGE)]
+                line = [formatted(published(method, label), ".1f") for label in (*LABELS, AVERAGE)]
                 rows.append([f"{ROWS[method]}, paper", *line, NONE])
         cells: dict[str, str] = {}
         for group in found:
@@ -85,7 +100,7 @@ def overview(groups: Sequence[Group], names: dict[Setting, str]) -> Table:
             line = [cells.get(label, NONE) for label in LABELS]
             counts = sorted({len(group.runs) for group in found})
             runs = "-".join(map(str, counts[:: max(len(counts) - 1, 1)]))
-            rows.append([names[setting], *line, _shown(average(found), ".1f"), runs])
+            rows.append([names[setting], *line, formatted(average(found), ".1f"), runs])
     header = ["method", *LABELS, "average", "runs"]
     return Table(title="Table 1, top-1 accuracy in percent", header=header, rows=rows)
 
@@ -143,7 +158,8 @@ def problems_table(problems: Sequence[Problem]) -> Table:
     return Table(title="Not counted", header=["folder", "why"], rows=rows, text_columns=2)
 
 
-def _shown(value: float | None, how: str) -> str:
+def formatted(value: float | None, how: str) -> str:
+    """Return a number as text, or the cell without a value."""
     return NONE if value is None else format(value, how)
 
 
@@ -164,12 +180,15 @@ def to_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def table1_csv(groups: Sequence[Group]) -> str:
-    """Return every group with its setting as comma-separated values; nothing is rounded."""
+    """Return every group with its setting as comma-separated values; nothing is rounded.
+
+    VTAB-1k has files of its own.
+    """
     header = ["dataset", *(field.name for field in fields(Setting)), "paper_percent",
               "mean_percent", "spread_points", "runs", "difference_points", "seeds",
               "accuracies_percent", "epochs_chosen", "folders"]  # fmt: skip
     rows = []
-    for group in groups:
+    for group in _without_vtab(groups):
         results = [run.result for run in group.runs if run.result]
         values = (group.paper, group.mean, group.spread, len(results), group.delta)
         rows.append([
