@@ -153,8 +153,12 @@ class ClusterFramePrompt(FramePrompt):
         found = state_dict.get(f"{prefix}prototypes")
         if isinstance(found, Tensor) and found.ndim == 2:
             self.resize(len(found))
-            self.fitted = bool(torch.isfinite(found).all())
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.find_fitted()
+
+    def find_fitted(self) -> None:
+        """See whether there are prototypes, after they were replaced."""
+        self.fitted = bool(torch.isfinite(self.prototypes).all())
 
 
 class BorderPrompt(nn.Module):

@@ -41,10 +41,12 @@ class OutputMapping(nn.Module):
         self.register_buffer("index", index)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        found = state_dict.get(f"{prefix}index")
-        if isinstance(found, Tensor):
-            self.fitted = bool((found >= 0).all())
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.find_fitted()
+
+    def find_fitted(self) -> None:
+        """See whether sources are chosen, after they were replaced."""
+        self.fitted = self.index is None or bool((self.index >= 0).all())
 
     def fit(self, counts: Tensor) -> None:
         """Choose the sources of every class.

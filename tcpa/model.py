@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Self, cast
 
@@ -246,6 +246,30 @@ class PromptedViT(Fitting):
             if name in state and (id(value) in heads or not name.startswith("backbone."))
         }
         return {**self.trainable_named_parameters(), **buffers}
+
+    @torch.no_grad()
+    def load_trained(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy what `trained_tensors` of a model like this one gave; dtypes and devices stay.
+
+        Where the number of clusters differs, so do the parameters afterwards.
+
+        Raises:
+            ValueError: a value is missing or of another shape; nothing is copied then.
+        """
+        self.require_backbone()
+        prototypes = tensors.get("input_prompt.prototypes")
+        if isinstance(self.input_prompt, ClusterFramePrompt) and prototypes is not None:
+            self.input_prompt.resize(len(prototypes))
+        targets = self.trained_tensors()
+        for name, target in targets.items():
+            value = tensors.get(name)
+            if value is None or value.shape != target.shape:
+                raise ValueError(f"no value of shape {list(target.shape)} for {name}")
+        for name, target in targets.items():
+            target.copy_(tensors[name])
+        for part in (self.input_prompt, self.mapping):
+            if part is not None and hasattr(part, "find_fitted"):
+                part.find_fitted()
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the trained parameters, for an optimiser."""

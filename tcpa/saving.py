@@ -390,9 +390,6 @@ def _fill(model: PromptedViT, tensors: dict[str, Tensor], path: Path, keep_dtype
     if isinstance(model.input_prompt, ClusterFramePrompt) and prototypes is not None:
         require(prototypes.ndim == 2, str(path), "prototypes", "[J, C]", "save the adapter again")
         model.input_prompt.resize(len(prototypes))
-        model.input_prompt.fitted = True
-    if model.mapping is not None:
-        model.mapping.fitted = True
     targets = model.trained_tensors()
     missing, unknown = sorted(targets.keys() - tensors), sorted(tensors.keys() - targets)
     fits = not missing and not unknown
@@ -414,6 +411,9 @@ def _fill(model: PromptedViT, tensors: dict[str, Tensor], path: Path, keep_dtype
     for name, parameter in targets.items():
         dtype = tensors[name].dtype if same else parameter.dtype
         parameter.data = tensors[name].to(parameter.device, dtype)
+    for part in (model.input_prompt, model.mapping):
+        if part is not None and hasattr(part, "find_fitted"):
+            part.find_fitted()
 
 
 def _replace_files(writers: dict[Path, Callable[[Path], object]]) -> None:

@@ -68,6 +68,16 @@ class TrainOptions:
     """VTAB-1k: whether the images are the originals or lossy copies, which are not comparable;
     auto looks at the files. Recorded with every result."""
 
+    input_prompt: str | None = None
+    """What is done to the image, in place of the method's own: none, vp, dam-vp, autovp or lion."""
+
+    tuning: str | None = None
+    """What is trained besides prompts, in place of the method's own: head, mlp-head, last-block,
+    bias, adapter, adaptformer, side or full."""
+
+    parity: bool = False
+    """dam-vp, adapter: repeat the known bugs of the source, which are corrected otherwise."""
+
     epochs: int | None = None
     """Passes over the training images; the recipe's by default."""
 
@@ -81,7 +91,8 @@ class TrainOptions:
     """Peak of the schedule; the recipe's by default."""
 
     weight_decay: float | None = None
-    """Weight decay of AdamW on every trained value; the recipe's by default."""
+    """Weight decay on every trained value for which the recipe has none of its own; the recipe's by
+    default."""
 
     match_weight: float | None = None
     """TCPA: weight of the match distance in the loss; the recipe's by default."""
@@ -160,7 +171,9 @@ class RunConfig(TrainOptions):
     own."""
 
     method: str = "vfpt+tcpa"
-    """linear, vpt-deep, vfpt, vpt+tcpa or vfpt+tcpa."""
+    """Row of the paper's tables: full, linear, partial-1, mlp-3, bias, sidetune, adapter,
+    adaptformer, e2vpt, lion, gated-prompt, vp, vpt-shallow, vpt-deep, dam-vp, autovp, vfpt,
+    vp+tcpa, vpt+tcpa, dam-vp+tcpa, autovp+tcpa or vfpt+tcpa."""
 
     seed: int | None = None
     """Decides initial values, order of the images, augmentation and dropout; the recipe's 3407 by

@@ -1,15 +1,16 @@
-"""Recipes: everything that the official scripts fix for one of the ten HTA datasets.
+"""Recipes: everything that decides the training of one method on one dataset.
 
-Source: the scripts sh/VFPT_TCPA_*.sh of the official TCPA repository (commit dce8b3a). They exist
-for VFPT + TCPA alone; every other method takes the same optimiser settings, and its recipe says so.
+Sources: the scripts sh/VFPT_TCPA_*.sh of the official TCPA repository (commit dce8b3a), which exist
+for VFPT + TCPA on the ten HTA datasets alone, and for other methods those that `registry` names.
 """
 
 import csv
 import difflib
 import io
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +18,11 @@ from rich.table import Table
 import tcpa
 
 from ..cli import require
+from ..input_config import INPUT_PROMPTS
+from ..tuning_config import TUNINGS
 from .config import RecipesConfig
+from .registry import METHODS, Method
+from .training import Training
 
 PUBLISHED_METHOD = "vfpt+tcpa"
 
@@ -53,34 +58,32 @@ STAND_IN = "food101"
 """Whose optimiser settings a dataset without a script takes."""
 
 
+NONE, USUAL_TUNING = "none", "head"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
+class Recipe(Training):
     """A complete description of the training of one method on one dataset."""
 
     dataset: str
     method: str
+    """The method's full name, which `recipe` takes."""
     label: str
     """Column of the paper's Table 1; the dataset's name where it has none."""
+    source: str
+    """Where the method and its settings come from."""
     script: str
-    """File of the official repository; "" without one."""
+    """File of the official TCPA repository; "" without one."""
     note: str
     """What no source says and was taken from elsewhere; "" for a published recipe."""
     prompts: tcpa.PromptConfig | None
-    learning_rate: float
-    """Peak of the schedule."""
-    weight_decay: float
-    """On every trained value, biases and prompts included."""
-    batch_size: int = 128
-    """Images of a step, over all devices."""
-    epochs: int = 100
-    optimizer: str = "AdamW"
-    warmup_fraction: float = 0.2
-    """Share of all steps over which the learning rate rises; a cosine to zero follows."""
-    mixup_alpha: float = 0.8
-    cutmix_alpha: float = 0.0
-    mix_prob: float = 0.5
-    """Share of the batches that are mixed."""
-    label_smoothing: float = 0.1
+    """Token prompts."""
+    input_name: str = NONE
+    """Name of `input_prompt`'s kind."""
+    input_prompt: tcpa.InputConfig | None = None
+    tuning_name: str = USUAL_TUNING
+    """Name of `tuning`'s kind."""
+    tuning: tcpa.TuningConfig = field(default_factory=tcpa.HeadTuning)
     resize: int = 256
     """Shorter side to which an image is resized, pixels."""
     crop: int = 224
@@ -89,27 +92,11 @@ class Recipe:
     pretrained_flag: str = "imagenet22k"
     """The scripts' name of their backbone weights."""
 
-
-def _token_prompts(fourier: bool) -> tcpa.VPTConfig:
-    """The VFPT baseline of the official code; without its transform it is VPT-Deep."""
-    config = tcpa.VPTConfig.official_vfpt()
-    return config if fourier else replace(config, fourier_fraction=0.0, init="xavier")
-
-
-def _coordinated(dataset: str, transform: str) -> tcpa.TCPAConfig:
-    official = dataset in SCRIPTS
-    config = tcpa.TCPAConfig.official(dataset) if official else tcpa.TCPAConfig()
-    return replace(config, prompt_transform=transform)
-
-
-METHODS: dict[str, Callable[[str], tcpa.PromptConfig | None]] = {
-    "linear": lambda dataset: None,
-    "vpt-deep": lambda dataset: _token_prompts(fourier=False),
-    "vfpt": lambda dataset: _token_prompts(fourier=True),
-    "vpt+tcpa": lambda dataset: _coordinated(dataset, "identity"),
-    "vfpt+tcpa": lambda dataset: _coordinated(dataset, "fourier"),
-}
-"""Method -> its prompts on a dataset."""
+    @property
+    def peak_rate(self) -> float:
+        """Highest learning rate at the batch size."""
+        scale = self.batch_size / self.rate_batch if self.rate_batch else 1.0
+        return self.learning_rate * scale
 
 
 def recipe(dataset: str, method: str = PUBLISHED_METHOD) -> Recipe:
@@ -117,39 +104,105 @@ def recipe(dataset: str, method: str = PUBLISHED_METHOD) -> Recipe:
 
     Args:
         dataset: one of `tcpa.HTA_DATASETS`, or the name of a dataset of the user's own.
-        method: one of `METHODS`.
+        method: one of `METHODS`, or a name that `compose` gives.
 
     Raises:
-        UsageError: no such method.
+        UsageError: no such method or choice.
 
     Source:
-        Official scripts for VFPT + TCPA on the HTA datasets; `Recipe.note` says what was assumed
-        elsewhere.
+        `Recipe.source`; `Recipe.note` says what was assumed.
     """
-    near = difflib.get_close_matches(method, METHODS, n=1)
+    row, changes = decompose(method)
+    near = difflib.get_close_matches(row, METHODS, n=1)
     hint = f"did you mean {near[0]}?" if near else "choose one of these"
-    require(method in METHODS, "--method", repr(method), " or ".join(METHODS), hint)
-    script = SCRIPTS.get(dataset)
-    source = script or SCRIPTS[STAND_IN]
-    return Recipe(
+    require(row in METHODS, "--method", repr(row), " or ".join(METHODS), hint)
+    found = METHODS[row]
+    script = SCRIPTS.get(dataset) if row == PUBLISHED_METHOD or found.training is None else None
+    source = SCRIPTS.get(dataset) or SCRIPTS[STAND_IN]
+    training = found.training or Training(
+        learning_rate=source.learning_rate, weight_decay=source.weight_decay
+    )
+    made = Recipe(
+        **{name: getattr(training, name) for name in Training.__dataclass_fields__},
         dataset=dataset,
         method=method,
-        label=script.label if script else dataset,
+        label=SCRIPTS[dataset].label if dataset in SCRIPTS else dataset,
+        source=found.source,
         script=f"sh/VFPT_TCPA_{script.name}.sh" if script else "",
-        note=_note(dataset, method),
-        prompts=METHODS[method](dataset),
-        learning_rate=source.learning_rate,
-        weight_decay=source.weight_decay,
+        note=_note(dataset, found, changes),
+        prompts=found.prompts(dataset),
+        input_name=_name_of(found.input_prompt, INPUT_PROMPTS),
+        input_prompt=found.input_prompt,
+        tuning_name=_name_of(found.tuning, TUNINGS),
+        tuning=found.tuning,
     )
+    return _changed(made, found, changes)
 
 
-def _note(dataset: str, method: str) -> str:
+def compose(
+    method: str, *, input_prompt: str | None = None, tuning: str | None = None, parity: bool = False
+) -> str:
+    """Return the full name of a row with another prompt on the image, another tuning, or the bugs
+    of its source: `vpt-deep_input-vp_tuning-bias`."""
+    parts = [method]
+    parts += [f"input-{input_prompt}"] if input_prompt is not None else []
+    parts += [f"tuning-{tuning}"] if tuning is not None else []
+    return "_".join([*parts, "parity"] if parity else parts)
+
+
+def decompose(method: str) -> tuple[str, dict[str, str]]:
+    """Return the row of a full name and what replaces its choices: "input", "tuning", "parity".
+
+    Raises:
+        UsageError: a choice is not known.
+    """
+    row, *parts = method.split("_")
+    changes: dict[str, str] = {}
+    for part in parts:
+        kind, _, name = part.partition("-")
+        known = {"input": (NONE, *INPUT_PROMPTS), "tuning": tuple(TUNINGS), "parity": ("",)}
+        usable, words = kind in known, "input-NAME, tuning-NAME or parity"
+        require(usable, "--method", repr(part), words, "write ROW_input-NAME_tuning-NAME")
+        option = {"input": "--input-prompt", "tuning": "--tuning"}.get(kind, "--method")
+        near = difflib.get_close_matches(name, known[kind], n=1)
+        hint = f"did you mean {near[0]}?" if near else "choose one of these"
+        require(name in known[kind], option, repr(name), " or ".join(known[kind]), hint)
+        changes[kind] = name
+    return row, changes
+
+
+def _name_of(config: object, kinds: Mapping[str, type]) -> str:
+    return next((name for name, kind in kinds.items() if kind is type(config)), NONE)
+
+
+def _changed(made: Recipe, row: Method, changes: Mapping[str, str]) -> Recipe:
+    """Put the choices of a full name in place of those of the row."""
+    changed: dict[str, Any] = {}
+    if "parity" in changes:
+        got = f"parity with {row.label}"
+        expected = "a method whose source has a bug that is corrected here"
+        require(bool(row.parity), "--parity", got, expected, "leave it out")
+        changed |= row.parity
+    if "input" in changes:
+        name = changes["input"]
+        chosen = None if name == NONE else INPUT_PROMPTS[name]()
+        changed |= {"input_name": name, "input_prompt": chosen}
+    if "tuning" in changes:
+        name = changes["tuning"]
+        changed |= {"tuning_name": name, "tuning": TUNINGS[name]()}
+    return replace(made, **changed)
+
+
+def _note(dataset: str, row: Method, changes: Mapping[str, str]) -> str:
     notes = []
-    if dataset not in SCRIPTS:
+    if dataset not in SCRIPTS and row.training is None:
         notes.append(f"no recipe is published for this dataset; that of {STAND_IN} was taken")
-    if method != PUBLISHED_METHOD:
-        text = f"hyper-parameters of {method} are unpublished; those of {PUBLISHED_METHOD} were"
-        notes.append(f"{text} taken")
+    if row.note:
+        notes.append(row.note)
+    if changes.keys() & {"input", "tuning"}:
+        notes.append(f"trained as {row.label}, of which a choice was replaced")
+    if "parity" in changes:
+        notes.append("repeats the known bugs of its source")
     return "; ".join(notes)
 
 
@@ -230,4 +283,4 @@ def print_recipes(config: RecipesConfig) -> None:
         table.add_row(*(row[name] for name in COLUMNS if name not in common))
     console.print(table)
     console.print("For all: " + ", ".join(f"{n}={rows[0][n]}" for n in COLUMNS if n in common))
-    console.print(f"Methods: {', '.join(METHODS)}. Only {PUBLISHED_METHOD} has published settings.")
+    console.print(f"Methods: {', '.join(METHODS)}.")

@@ -74,10 +74,7 @@ class Twin:
     def __init__(self, model: tcpa.PromptedViT) -> None:
         self._model = model
 
-    @torch.no_grad()
     def of(self, model: tcpa.PromptedViT) -> tcpa.PromptedViT:
         """Take over the trained values of a model and return the copy."""
-        values = model.trainable_named_parameters()
-        for name, parameter in self._model.trainable_named_parameters().items():
-            parameter.copy_(values[name])
+        self._model.load_trained(model.trained_tensors())
         return self._model

@@ -328,11 +328,9 @@ class Loop:
 
     def trained_values(self) -> dict[str, Tensor]:
         """Return copies of the trained values by name."""
-        named = self.trainer.model.trainable_named_parameters()
+        named = self.trainer.model.trained_tensors()
         return {name: value.detach().clone() for name, value in named.items()}
 
-    @torch.no_grad()
     def use_best(self) -> None:
         """Put the values of the chosen epoch into the model."""
-        for name, value in self.trainer.model.trainable_named_parameters().items():
-            value.copy_(self.best[name])
+        self.trainer.model.load_trained(self.best)

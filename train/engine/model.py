@@ -1,11 +1,14 @@
 """The model of a run: backbone, prompts and head from the settings."""
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
 import tcpa
+from tcpa.blocks import classifier_layers
+from tcpa.tuning_config import TRAINS_BACKBONE
 
 from ...cli import UsageError
 from ..backbones import BackboneRecord, load_backbone
@@ -44,7 +47,16 @@ def build_model(config: RunConfig, settings: Recipe, world: World, num_classes: 
     Raises:
         UsageError: the backbone cannot be had, is not covered, or an option does not fit.
     """
-    numerics = choose_numerics(config.precision, world.device)
+    tuning = settings.tuning
+    trains_weights = isinstance(tuning, TRAINS_BACKBONE)
+    numerics = choose_numerics(config.precision, world.device, trains_weights=trains_weights)
+    if isinstance(tuning, tcpa.SideTuning) and config.weights == "none":
+        tuning = dataclasses.replace(tuning, pretrained=False)
+    if config.compile and isinstance(settings.input_prompt, tcpa.LIONConfig):
+        raise UsageError(
+            f"--compile: got it with --method {settings.method}, expected a method without "
+            "equilibrium layers, whose gradient no compiler follows; leave --compile out"
+        )
     if config.cuda_graph:
         require_graph(numerics, world)
     # Random weights and the initial values of what is trained come from the seed.
@@ -59,11 +71,15 @@ def build_model(config: RunConfig, settings: Recipe, world: World, num_classes: 
             model = tcpa.wrap(
                 vit,
                 settings.prompts,
+                input_prompt=settings.input_prompt,
+                tuning=tuning,
                 num_classes=num_classes,
                 normalization=config.normalization,
             )
         except (TypeError, ValueError) as error:
             raise UsageError(f"--backbone {config.backbone}: {error}") from None
+        except RuntimeError as error:
+            raise UsageError(f"--method {settings.method}: {error}") from None
         return _store(model, weights).to(world.device)
 
     model = wrap(backbone, numerics.weights)
@@ -80,7 +96,16 @@ def _store(model: tcpa.PromptedViT, weights: torch.dtype) -> tcpa.PromptedViT:
     """Convert the frozen weights; what is trained starts from the same values in all precisions."""
     named = model.trainable_named_parameters()
     values = {name: parameter.detach().clone() for name, parameter in named.items()}
-    model.to(weights)
+    counted = [
+        (module, name, value)
+        for head in classifier_layers(model.backbone)
+        for module in head.modules()
+        for name, value in module.named_buffers(recurse=False)
+    ]
+    model.backbone.to(weights)
     for name, parameter in named.items():
         parameter.data = values[name]
+    for module, name, value in counted:
+        setattr(module, name, value)
+    model.forget()
     return model

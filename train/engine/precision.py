@@ -40,11 +40,26 @@ NUMERICS = {
 }
 
 
-def choose_numerics(precision: Precision, device: torch.device) -> Numerics:
-    """Return what a precision means on a device; "auto" is bf16 where that is native."""
+def choose_numerics(
+    precision: Precision, device: torch.device, *, trains_weights: bool = False
+) -> Numerics:
+    """Return what a precision means on a device; "auto" is bf16 where that is native.
+
+    Args:
+        precision: the option.
+        device: where to train.
+        trains_weights: weights of the backbone are trained and must stay in float32.
+
+    Raises:
+        UsageError: bf16 would store weights in bfloat16 that are trained.
+    """
     if precision != "auto":
+        usable = not (trains_weights and NUMERICS[precision].weights != torch.float32)
+        expected = "bf16-autocast, fp16 or fp32: the method trains weights of the backbone"
+        require(usable, "--precision", precision, expected, "choose bf16-autocast")
         return NUMERICS[precision]
-    return NUMERICS["bf16" if fast_dtype(device) == torch.bfloat16 else "fp32"]
+    low = "bf16-autocast" if trains_weights else "bf16"
+    return NUMERICS[low if fast_dtype(device) == torch.bfloat16 else "fp32"]
 
 
 def require_graph(numerics: Numerics, world: World) -> None:

@@ -106,7 +106,7 @@ def finish(
         result = Result(
             dataset=config.dataset,
             label=settings.label,
-            method=config.method,
+            method=settings.method,
             seed=settings.seed,
             protocol=config.protocol,
             chosen_on=chosen_on,

@@ -12,7 +12,7 @@ from ...cli import UsageError, require
 from ..config import RunConfig
 from ..data.splits import NAMES
 from ..data.vtab_tasks import VTAB
-from ..recipes import Recipe, recipe
+from ..recipes import Recipe, compose, recipe
 
 DIRECT = {
     "epochs": "epochs",
@@ -59,9 +59,13 @@ def resolve(config: RunConfig) -> Recipe:
     hint = f"did you mean {near[0]}?" if near else "choose one of these"
     known = config.dataset in NAMES
     require(known, "DATASET", repr(config.dataset), ", ".join(NAMES), hint)
-    found = recipe(config.dataset, config.method)
+    chosen = {"input_prompt": config.input_prompt, "tuning": config.tuning}
+    found = recipe(config.dataset, compose(config.method, parity=config.parity, **chosen))
     given = {field: getattr(config, option) for option, field in DIRECT.items()}
     given = {field: value for field, value in given.items() if value is not None}
+    if "learning_rate" in given:
+        # The peak itself, whatever the batch.
+        given["rate_batch"] = 0
     found = replace(found, prompts=_resolve_prompts(config, found.prompts), **given)
     if config.dataset in VTAB:
         option, usual = config.resize, "images of VTAB-1k are resized to --image-size, both sides"
@@ -103,7 +107,7 @@ def _require_method(config: RunConfig, option: str, usable: bool, expected: str)
 def run_folder(config: RunConfig, settings: Recipe) -> Path:
     """Return the folder of a run."""
     name = f"{config.protocol}-seed{settings.seed}"
-    return config.output / config.dataset / config.method / name
+    return config.output / config.dataset / settings.method / name
 
 
 def describe(config: RunConfig, settings: Recipe) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Training steps: forward, backward, AdamW, without waiting for the device.
+"""Training steps: forward, backward, optimiser, without waiting for the device.
 
 The loss of a step stays on the device; `take_losses` is the one place that waits for it.
 """
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tcpa
-from tcpa.official import official_learning_rate
 
 from ..recipes import Recipe
 from .distributed import World
 from .objective import Mixer, losses, match_weight
+from .optimizer import make_optimizer, rate_factor
 from .precision import Numerics
 from .randomness import seed_model
 
@@ -24,7 +24,7 @@ class Trainer:
 
     Attributes:
         model: the model, on the device of `world`.
-        optimizer: AdamW on the trained values, weight decay on all of them (as officially).
+        optimizer: of the recipe, on the trained values.
         scaler: scales the loss under float16 autocast, and is inactive otherwise.
     """
 
@@ -43,19 +43,16 @@ class Trainer:
         self._mixer = Mixer(settings, model.num_classes)
         self._weight = match_weight(settings.prompts)
         self._graph = _StepGraph(self) if graph else None
-        rate = torch.zeros((), device=world.device) if graph else 0.0
-        self.optimizer = torch.optim.AdamW(
-            model.trainable_parameters(),
-            lr=rate,
-            weight_decay=settings.weight_decay,
-            # The fused form reads its step counters on the device; the others would wait for them.
-            fused=True,
-            capturable=graph,
-        )
+        self.begin_anew()
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=numerics.scales_loss)
-        self._module = self._distribute(model)
         self._sums = torch.zeros(3, device=world.device)
         self._seen = 0
+
+    def begin_anew(self) -> None:
+        """Make the optimiser, without any memory, for the values that the model trains now."""
+        graph, device = self._graph is not None, self.world.device
+        self.optimizer = make_optimizer(self.model, self._settings, device, graph=graph)
+        self._module = self._distribute(self.model)
 
     def _distribute(self, model: nn.Module) -> nn.Module:
         if self.world.size == 1:
@@ -83,8 +80,9 @@ class Trainer:
             epoch, index: epoch and number of the batch in it, from 0.
             step: number of the step in the training, from 0.
         """
-        rate = self.learning_rate(step)
+        factor = rate_factor(self._settings, step, self._total)
         for group in self.optimizer.param_groups:
+            rate = group["peak"] * factor
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:
@@ -117,13 +115,8 @@ class Trainer:
         return found.detach()
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate of a step: warm-up, then cosine, per step."""
-        return official_learning_rate(
-            step,
-            base_lr=self._settings.learning_rate,
-            total_steps=self._total,
-            warmup_fraction=self._settings.warmup_fraction,
-        )
+        """Return the learning rate of a step, of the values without one of their own."""
+        return self._settings.peak_rate * rate_factor(self._settings, step, self._total)
 
     def take_losses(self) -> tuple[list[float], int]:
         """Return sums over images of loss, cross-entropy and distance, and their number, of all
@@ -137,12 +130,14 @@ class Trainer:
     # What a checkpoint holds of the training.
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return trained values and the optimiser's state, by name."""
+        """Return all that training decides of the model and the optimiser's state, by name."""
         found: dict[str, Tensor] = {}
-        for name, parameter in self.model.trainable_named_parameters().items():
-            found[f"model/{name}"] = parameter.detach()
-            for key, value in self.optimizer.state[parameter].items():
-                found[f"optimizer/{key}/{name}"] = value
+        for name, value in self.model.trained_tensors().items():
+            found[f"model/{name}"] = value.detach()
+            if isinstance(value, nn.Parameter):
+                for key, state in self.optimizer.state[value].items():
+                    if isinstance(state, Tensor):
+                        found[f"optimizer/{key}/{name}"] = state
         return found
 
     @torch.no_grad()
@@ -152,17 +147,16 @@ class Trainer:
         Raises:
             ValueError: it is of another model.
         """
+        model = {n.removeprefix("model/"): v for n, v in tensors.items() if n.startswith("model/")}
+        self.model.load_trained(model)
+        self.begin_anew()
         named = self.model.trainable_named_parameters()
-        for name, parameter in named.items():
-            value = tensors.get(f"model/{name}")
-            if value is None or value.shape != parameter.shape:
-                raise ValueError(f"no value of shape {list(parameter.shape)} for {name}")
-            parameter.copy_(value)
-            state = self.optimizer.state[parameter]
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                saved = tensors.get(f"optimizer/{key}/{name}")
-                if saved is not None:
-                    state[key] = saved.to(parameter.device, copy=True)
+        for saved, value in tensors.items():
+            kind, _, rest = saved.partition("/")
+            key, _, name = rest.partition("/")
+            if kind == "optimizer" and name in named:
+                parameter = named[name]
+                self.optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
 
 
 def _dummy(values: Tensor) -> Tensor:

@@ -1,0 +1,81 @@
+"""The optimiser of a recipe and the course of its learning rate."""
+
+import math
+import re
+from typing import Any
+
+import torch
+
+import tcpa
+from tcpa.official import official_learning_rate
+
+from ..recipes import Recipe
+
+
+def make_optimizer(
+    model: tcpa.PromptedViT, settings: Recipe, device: torch.device, *, graph: bool = False
+) -> torch.optim.Optimizer:
+    """Return the optimiser of a recipe on all that a model trains.
+
+    Every group of values holds its highest learning rate as `peak`.
+
+    Args:
+        model: on `device`.
+        settings: the recipe.
+        device: where the rates are kept under a CUDA graph.
+        graph: steps are going to be replayed as a graph, which reads the rates from the device.
+    """
+    # The fused forms read their step counters on the device; the others would wait for them.
+    options: dict[str, Any] = {"fused": True, "weight_decay": settings.weight_decay}
+    groups = [
+        {
+            "params": parameters,
+            "lr": torch.zeros((), device=device) if graph else 0.0,
+            "peak": peak,
+            "weight_decay": decay,
+        }
+        for peak, decay, parameters in _groups(model, settings)
+    ]
+    if settings.optimizer == "SGD":
+        return torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, **options)
+    kinds = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}
+    options |= {"eps": settings.epsilon, "capturable": graph}
+    return kinds[settings.optimizer](groups, lr=0.0, **options)
+
+
+def _groups(
+    model: tcpa.PromptedViT, settings: Recipe
+) -> list[tuple[float, float, list[torch.nn.Parameter]]]:
+    """Return highest rate, weight decay and values of each group that has any."""
+    found: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.trainable_named_parameters().items():
+        peak, decay = settings.peak_rate, settings.weight_decay
+        own = next((g for g in settings.groups if re.search(g.pattern, name)), None)
+        if own is not None:
+            peak = peak if own.learning_rate is None else own.learning_rate
+            decay = decay if own.weight_decay is None else own.weight_decay
+        found.setdefault((peak, decay), []).append(parameter)
+    return [(peak, decay, parameters) for (peak, decay), parameters in found.items()]
+
+
+def rate_factor(settings: Recipe, step: int, total_steps: int) -> float:
+    """Return the learning rate of a step as a part of the highest.
+
+    Args:
+        settings: the recipe.
+        step: number of the step, from 0.
+        total_steps: steps of the whole training.
+    """
+    if settings.schedule == "epoch-cosine":
+        warmup = round(settings.warmup_fraction * settings.epochs)
+        epoch = step * settings.epochs // total_steps
+        if epoch < warmup:
+            return epoch / warmup
+        progress = (epoch - warmup) / max(settings.epochs - warmup, 1)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    if settings.schedule == "steps":
+        passed = [share for share in settings.milestones if step >= share * total_steps]
+        return 0.1 ** len(passed)
+    return official_learning_rate(
+        step, base_lr=1.0, total_steps=total_steps, warmup_fraction=settings.warmup_fraction
+    )
