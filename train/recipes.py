@@ -21,8 +21,9 @@ from ..cli import require
 from ..input_config import INPUT_PROMPTS
 from ..tuning_config import TUNINGS
 from .config import RecipesConfig
+from .data.vtab_tasks import SEEDS, VTAB
 from .registry import METHODS, Method
-from .training import Training
+from .training import PLAIN, Training
 
 PUBLISHED_METHOD = "vfpt+tcpa"
 
@@ -58,6 +59,9 @@ STAND_IN = "food101"
 """Whose optimiser settings a dataset without a script takes."""
 
 
+VTAB_BATCHES = {"e2vpt": 64}
+"""Row -> batch size of its source on VTAB-1k, where that is another."""
+
 NONE, USUAL_TUNING = "none", "head"
 
 
@@ -89,6 +93,8 @@ class Recipe(Training):
     crop: int = 224
     """Side of the square that the model sees, pixels."""
     seed: int = 3407
+    chosen: str = ""
+    """Grid from which a search chose rate and decay on validation images; "" for none."""
     pretrained_flag: str = "imagenet22k"
     """The scripts' name of their backbone weights."""
 
@@ -136,7 +142,15 @@ def recipe(dataset: str, method: str = PUBLISHED_METHOD) -> Recipe:
         tuning_name=_name_of(found.tuning, TUNINGS),
         tuning=found.tuning,
     )
-    return _changed(made, found, changes)
+    made = _changed(made, found, changes)
+    return _on_vtab(made, row) if dataset in VTAB else made
+
+
+def _on_vtab(made: Recipe, row: str) -> Recipe:
+    """Squares of the model's size, neither augmentation nor mixing, the first of VPT's seeds."""
+    batch = VTAB_BATCHES.get(row, made.batch_size)
+    plain: dict[str, Any] = {"augment": False, **PLAIN}
+    return replace(made, resize=made.crop, batch_size=batch, seed=SEEDS[0], **plain)
 
 
 def compose(
@@ -196,7 +210,8 @@ def _changed(made: Recipe, row: Method, changes: Mapping[str, str]) -> Recipe:
 def _note(dataset: str, row: Method, changes: Mapping[str, str]) -> str:
     notes = []
     if dataset not in SCRIPTS and row.training is None:
-        notes.append(f"no recipe is published for this dataset; that of {STAND_IN} was taken")
+        bare = ", without augmentation and mixing" if dataset in VTAB else ""
+        notes.append(f"no recipe is published for this dataset; that of {STAND_IN} was taken{bare}")
     if row.note:
         notes.append(row.note)
     if changes.keys() & {"input", "tuning"}:

@@ -11,7 +11,6 @@ from ..data.batches import Batches
 from ..data.cached import CachedSplit, open_cached
 from ..data.splits import SplitName, training_split
 from ..data.transform import Transform
-from ..data.vtab_tasks import VTAB
 from ..recipes import Recipe
 from .distributed import World
 from .inputs import Splits
@@ -45,8 +44,7 @@ def load_splits(config: RunConfig, settings: Recipe, world: World) -> Splits:
     source = Batches(
         train,
         batch_size=settings.batch_size,
-        # VPT trains on VTAB-1k without augmentation.
-        transform=Transform(train=config.dataset not in VTAB, **colours),
+        transform=Transform(train=settings.augment, **colours),
         shuffle=True,
         even=mixes(settings),
         **shared,

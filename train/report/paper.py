@@ -7,10 +7,25 @@ from pathlib import Path
 FILE = Path(__file__).with_name("table1_hta.csv")
 
 ROWS = {
+    "full": "Full",
     "linear": "Linear",
+    "partial-1": "Partial",
+    "mlp-3": "MLP",
+    "bias": "Bias",
+    "sidetune": "Sidetune",
+    "adapter": "Adapter",
+    "adaptformer": "AdaptFormer",
+    "e2vpt": "E2VPT",
+    "lion": "LION",
+    "vp": "VP",
+    "vp+tcpa": "VP+TCPA",
     "vpt-deep": "VPT",
-    "vfpt": "VFPT",
     "vpt+tcpa": "VPT+TCPA",
+    "dam-vp": "DAMVP",
+    "dam-vp+tcpa": "DAMVP+TCPA",
+    "autovp": "AutoVP",
+    "autovp+tcpa": "AutoVP+TCPA",
+    "vfpt": "VFPT",
     "vfpt+tcpa": "VFPT+TCPA",
 }
 """Our method -> its row in the table."""
