@@ -1,7 +1,10 @@
 """Promise: a checkpoint is whole or refused, never unpickled, and the one before it is kept."""
 
+import fcntl
+import functools
 import json
 import pickle
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,13 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tcpa.train import run as running
 from tcpa.train.engine.checkpoint import (
     CURRENT,
     PREVIOUS,
     load_checkpoint,
     save_checkpoint,
 )
-from tcpa.train.engine.folder import claim, differences
+from tcpa.train.engine.folder import brief, claim, differences
 from tcpa.train.engine.journal import Journal, read_metrics
 from tcpa.train.run import run
 from train_runs import make_config, make_splits
@@ -158,6 +162,89 @@ def test_another_configuration_is_refused_by_name(tmp_path):
     message = str(caught.value)
     for part in ("recipe.epochs: got 5, expected 2", "config.json", "1 more", "--output"):
         assert part in message
+
+
+def test_a_start_that_fails_before_its_first_step_leaves_nothing(tmp_path, monkeypatch):
+    for name in ("describe_environment", "_pipeline_rate", "Journal", "_introduce"):
+        with monkeypatch.context() as patch:
+            patch.setattr(running, name, functools.partial(fail, name))
+            with pytest.raises(UsageError, match=name):
+                run(make_config(tmp_path / "runs", tensorboard=True), make_splits())
+        assert not list(tmp_path.glob("runs/*")), name
+    # Nobody is bound by it; what others left stays.
+    (tmp_path / "runs/cub/vfpt+tcpa/official-seed3407").mkdir(parents=True)
+    (tmp_path / "runs/cub/vfpt+tcpa/official-seed3407/log.txt").write_text("")
+    with pytest.raises(UsageError, match="--weights"):
+        run(make_config(tmp_path / "runs", weights="missing.pth"), make_splits())
+    assert [p.name for p in tmp_path.glob("runs/*/*/*/*")] == ["log.txt"]
+    run(make_config(tmp_path / "runs", epochs=1), make_splits())
+
+
+def fail(name, *_, **__):
+    raise UsageError(name)
+
+
+def test_a_later_start_that_fails_removes_nothing(tmp_path, monkeypatch):
+    config, folder = finished_run(tmp_path)
+    (folder / "result.json").unlink()
+    before = sorted(path.name for path in folder.rglob("*"))
+    monkeypatch.setattr(running, "_pipeline_rate", functools.partial(fail, "later"))
+    with pytest.raises(UsageError, match="later"):
+        run(config, make_splits())
+    assert sorted(path.name for path in folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("config.json", "[]", "config.json: got a JSON list, expected the configuration with"),
+        ("config.json", "3", "config.json: got a JSON int, expected the configuration with"),
+        ("config.json", None, "config.json: got no such file, expected the configuration with"),
+        (
+            "config.json",
+            '{"recipe": []}',
+            r"normalization: got \{.*\}, expected None as in .* 2 more",
+        ),
+        ("environment.json", "[]", r"environment.json: got \[\], expected an entry for every"),
+        ("environment.json", "{}", r"environment.json: got \{\}, expected an entry for every"),
+        ("environment.json", "[3]", r"environment.json: got \[3\], expected an entry for every"),
+        ("environment.json", '[{"data": {}}]', "environment.json: got .*, expected an entry for"),
+    ],
+)
+def test_damaged_records_are_named(file, text, message, tmp_path):
+    config, folder = finished_run(tmp_path)
+    (folder / "result.json").unlink()
+    if text is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(text)
+    with pytest.raises(UsageError, match=message) as caught:
+        run(config, make_splits())
+    assert len(str(caught.value)) < 600 and (folder / CURRENT).exists()
+
+
+def test_a_message_shows_no_whole_configuration():
+    assert brief([1, 2]) == "[1, 2]"
+    assert re.fullmatch(r"\[0, 1, .{60,80} \.\.\.", brief(list(range(500))))
+
+
+def test_a_removed_lock_holds_nothing(tmp_path):
+    """Who opened the file before its owner removed it takes the new one."""
+    folder = tmp_path / "run"
+    flock, opened = fcntl.flock, []
+
+    def removed_meanwhile(file, how):
+        if not opened:
+            (folder / ".lock").unlink()
+        opened.append(file.name)
+        flock(file, how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tcpa.train.engine.folder.fcntl.flock", removed_meanwhile)
+        with claim(folder, {}):
+            assert len(opened) == 2 and (folder / ".lock").exists()
+            with pytest.raises(UsageError, match="in use by another process"), claim(folder, {}):
+                pass
 
 
 def test_options_that_change_no_result_may_differ(tmp_path):

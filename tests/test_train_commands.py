@@ -124,6 +124,7 @@ def test_a_run_is_done_once(here, capsys) -> None:
 def test_a_start_that_failed_binds_nobody(here, capsys) -> None:
     assert main(["run", "cub", *SMALL, "--weights", "missing.pth"]) == 2
     assert "missing.pth" in capsys.readouterr().err
+    assert not list(here.glob("runs/*")), "it leaves nothing"
     assert main(["run", "cub", *SMALL]) == 0
     assert main(["run", "cub", *SMALL, "--learning-rate", "1"]) == 2
     assert "recipe.learning_rate: got 1.0, expected 0.0015 as in" in capsys.readouterr().err
@@ -136,7 +137,10 @@ def test_a_sweep_starts_real_runs_and_prints_them_beside_the_paper(here, capsys)
     printed = capsys.readouterr()
     assert "1 of 2 runs failed" in printed.err and "test1.txt" in printed.err
     assert re.search(r"CUB +│ +89\.5 │", printed.out)
-    assert "not counted: runs/dtd/vfpt+tcpa/official-seed1: unfinished: 0 of 1" in printed.out
+    told = "not counted: runs/dtd/vfpt+tcpa/official-seed1: has not begun; the end of its log.txt: "
+    assert f"{told}tcpa-train: data/DTD/dtd/dtd/labels/test1.txt: got no such file" in printed.out
+    assert main(["report", "runs", "--output", "page"]) == 0
+    assert told in capsys.readouterr().out
     (here / "moved").rename(here / "data/DTD/dtd/dtd/labels/test1.txt")
     assert main(words) == 0
     printed = capsys.readouterr().out

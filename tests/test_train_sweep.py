@@ -1,6 +1,5 @@
 """Promise: a sweep carries out every run once, whatever happens to one of them."""
 
-import json
 import os
 import shlex
 import signal
@@ -15,10 +14,13 @@ import torch
 import tyro
 from tcpa.train import sweep as sweeping
 from tcpa.train.config import RunConfig, SweepConfig
+from tcpa.train.engine.folder import CONFIG, RESULT
 from tcpa.train.engine.interruption import Interrupted
-from tcpa.train.engine.settings import describe, resolve, run_folder
-from tcpa.train.sweep import arguments, jobs_of, sweep
-from train_runs import make_config
+from tcpa.train.engine.settings import resolve
+from tcpa.train.files import read_json
+from tcpa.train.run import run
+from tcpa.train.sweep import Conflict, arguments, jobs_of, sweep
+from train_runs import make_config, make_splits
 
 import tcpa
 from tcpa.cli import UsageError
@@ -51,6 +53,17 @@ def stand_in(tmp_path, monkeypatch):
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
     monkeypatch.setattr(sweeping, "PROGRAM", (sys.executable, str(script)))
+    # It leaves none of the files that a result is checked against.
+    monkeypatch.setattr(sweeping, "saved_description", lambda folder: None)
+    monkeypatch.setattr(sweeping, "finished_result", lambda folder: read_json(folder / RESULT))
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """Let Ctrl-C be heard: a shell starts what goes to the background with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def starts(output):
@@ -150,16 +163,50 @@ def test_a_failed_run_stops_no_other_and_is_repeated(stand_in, tmp_path, capsys)
 
 def test_runs_of_another_configuration_are_no_results(tmp_path):
     config = make_config(tmp_path)
-    settings = resolve(config)
-    folder = run_folder(config, settings)
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(describe(config, settings)))
-    assert sweeping.Job(config, settings).result() is None
-    (folder / "result.json").write_text('{"accuracy": 1.0}')
-    assert sweeping.Job(config, settings).result() == {"accuracy": 1.0}
+    job = sweeping.Job(config, resolve(config))
+    assert job.result() is None
+    accuracy = run(config, make_splits()).accuracy
+    found = job.result()
+    assert found is not None and found["accuracy"] == accuracy
     other = replace(config, epochs=7)
-    with pytest.raises(UsageError, match=r"recipe.epochs: got 7, expected 2 as in .*config.json"):
+    with pytest.raises(Conflict, match=r"recipe.epochs: got 7, expected 2 as in .*config.json"):
         sweeping.Job(other, resolve(other)).result()
+
+
+DAMAGES = {
+    "altered result": (RESULT, lambda text: text.replace('"epoch": ', '"epoch": 1'), "says"),
+    "no JSON": (RESULT, lambda text: text[:-9], "result.json is no JSON"),
+    "a list": (RESULT, lambda text: "[]", "result.json holds a list"),
+    "no configuration": (CONFIG, lambda text: "[]", "config.json: got a JSON list"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_run_is_named_and_the_others_are_carried_out(
+    damage, tmp_path, monkeypatch, capsys
+):
+    file, change, message = damage
+    config = SweepConfig(
+        datasets=("cub",), seeds=(1, 2), output=tmp_path, **OPTIONS, image_size=32, batch_size=8
+    )
+    first, second = jobs_of(config)
+    run(first.config, make_splits())
+    path = first.folder / file
+    path.write_text(change(path.read_text()))
+    before = path.read_text()
+
+    def carry_out(jobs, devices, console):
+        for job in jobs:
+            run(job.config, make_splits())
+        return []
+
+    monkeypatch.setattr(sweeping, "carry_out", carry_out)
+    with pytest.raises(UsageError) as caught:
+        sweep(config)
+    for part in ("1 of 2 runs failed", str(first.folder), message, "run the same command again"):
+        assert part in str(caught.value)
+    assert second.result() is not None and path.read_text() == before
+    assert f"not counted: {first.folder}: damaged" in capsys.readouterr().out
 
 
 def test_every_gpu_has_one_job_at_a_time(stand_in, tmp_path, monkeypatch):

@@ -174,6 +174,8 @@ def train(job: dict[str, Any], rank: int) -> None:
     if job["kill"] and rank == (world - 1 if job["kill"][0] in ASKING else 0):
         inject(job["kill"], splits)
     output = Path(job["output"])
+    # A shell starts what goes to the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run(config, splits)
     except UsageError as error:

@@ -17,14 +17,14 @@ import torch
 from .config import RunConfig
 from .engine.datasets import load_splits
 from .engine.distributed import World, join
-from .engine.folder import ENVIRONMENT, RESULT, claim
+from .engine.folder import CONFIG, ENVIRONMENT, RESULT, claim
 from .engine.inputs import Splits
 from .engine.interruption import noted
 from .engine.journal import Journal
 from .engine.loop import Loop
 from .engine.model import BuiltModel, build_model
 from .engine.progress import Display
-from .engine.record import describe_environment, require_same_inputs
+from .engine.record import describe_environment, read_starts, require_same_inputs
 from .engine.result import Result, finish, read_result
 from .engine.settings import describe, resolve, run_folder
 from .files import read_json, write_json
@@ -86,7 +86,7 @@ def _train(
     for warning in warnings:
         display.say(f"warning: {warning}")
     if world.is_main:
-        _record_start(folder, world, built, splits, state.step)
+        _record_start(folder, describe(config, settings), world, built, splits, state.step)
         journal = Journal(
             folder, keep=state.metrics_bytes, step=state.step, tensorboard=config.tensorboard
         )
@@ -109,14 +109,21 @@ def _train(
     return result
 
 
-def _record_start(folder: Path, world: World, built: BuiltModel, splits: Splits, step: int) -> None:
-    """Append with what this start computes to the environment record.
+def _record_start(
+    folder: Path,
+    description: dict[str, Any],
+    world: World,
+    built: BuiltModel,
+    splits: Splits,
+    step: int,
+) -> None:
+    """Write down what this start computes, and of the first start the configuration.
 
     Raises:
-        UsageError: weights or images are not those with which the run began.
+        UsageError: weights or images are not those with which the run began, or the record of
+            earlier starts is damaged.
     """
-    path = folder / ENVIRONMENT
-    starts = read_json(path) or []
+    starts = read_starts(folder)
     found = describe_environment(world) | {
         "from_step": step,
         "precision": built.numerics.name,
@@ -127,7 +134,10 @@ def _record_start(folder: Path, world: World, built: BuiltModel, splits: Splits,
     }
     if starts:
         require_same_inputs(starts[0], found, folder)
-    write_json(path, [*starts, found])
+    else:
+        write_json(folder / CONFIG, description)
+    # From here on the run has begun, and belongs to its configuration.
+    write_json(folder / ENVIRONMENT, [*starts, found])
 
 
 def _pipeline_rate(splits: Splits, world: World) -> float:

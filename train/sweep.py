@@ -26,18 +26,16 @@ import tcpa
 from ..cli import UsageError, choose_device, require
 from .config import RunConfig, SweepConfig, TrainOptions
 from .data.splits import NAMES
-from .engine.folder import CONFIG, RESULT, differences, saved_description
+from .engine.folder import CONFIG, LOG, brief, differences, last_words, saved_description
 from .engine.interruption import Interrupted, raised
 from .engine.settings import describe, resolve, run_folder
-from .files import read_json
 from .recipes import Recipe
 from .report.command import print_runs
-from .report.runs import read_runs
+from .report.runs import finished_result, read_runs
 
 PROGRAM = (sys.executable, "-m", "tcpa.train", "run")
 """Command of one run."""
 
-LOG = "log.txt"
 ALL = "hta"
 
 
@@ -62,22 +60,22 @@ class Job:
         """Return the result if the run is finished, with just this configuration.
 
         Raises:
-            UsageError: the folder belongs to another configuration, or its result was altered.
+            Conflict: the folder belongs to another configuration.
+            UsageError: its files are damaged, or its result was altered.
         """
-        found, saved = read_json(self.folder / RESULT), saved_description(self.folder)
+        saved = saved_description(self.folder)
         changed = differences(saved, describe(self.config, self.settings)) if saved else []
         if changed:
             name, before, now = changed[0]
-            raise UsageError(
-                f"{name}: got {now}, expected {before} as in {self.folder / CONFIG}; repeat the "
-                "first command, or choose another --output"
+            raise Conflict(
+                f"{name}: got {brief(now)}, expected {brief(before)} as in {self.folder / CONFIG}; "
+                "repeat the first command, or choose another --output"
             )
-        if found is not None and not isinstance(found.get("accuracy"), int | float):
-            raise UsageError(
-                f"{self.folder / RESULT}: got no accuracy, expected the result of a run; delete "
-                "the file, and the sweep writes it again"
-            )
-        return found
+        return finished_result(self.folder)
+
+
+class Conflict(UsageError):
+    """A run's folder belongs to another configuration."""
 
 
 def jobs_of(config: SweepConfig) -> list[Job]:
@@ -134,27 +132,48 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
         return []
     devices = _devices(config)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    left = [job for job in jobs if job.result() is None]
+    left, damaged = look_at(jobs)
+    finished = len(jobs) - len(left) - len(damaged)
     console.print(
-        f"{_runs(len(jobs))}, {len(jobs) - len(left)} of them finished; "
+        f"{_runs(len(jobs))}, {finished} of them finished; "
         f"{len(devices)} at a time on {', '.join(map(str, devices))}"
     )
     try:
         with raised():
-            failed = _carry_out(left, devices, console)
+            failed = carry_out(left, devices, console)
     except Interrupted as ended:
         text = "stopped; the same command goes on with the runs that are not finished"
         raise Interrupted(ended.number, text) from None
-    results = [found for job in jobs if (found := job.result()) is not None]
+    failed = sorted(damaged + failed, key=lambda item: jobs.index(item[0]))
     done = [job.folder for job in jobs if job.folder.exists()]
-    print_runs(*read_runs(done), console)
+    if done:
+        print_runs(*read_runs(done), console)
     if failed:
         first, reason = failed[0]
+        log = f"; see {first.folder / LOG}" if (first.folder / LOG).exists() else ""
         raise UsageError(
             f"{len(failed)} of {len(jobs)} runs failed, the first of them {first.folder} "
-            f"({reason}; see {first.folder / LOG}); run the same command again to go on with them"
+            f"({reason}{log}); run the same command again to go on with them"
         )
-    return results
+    return [found for job in jobs if (found := job.result()) is not None]
+
+
+def look_at(jobs: list[Job]) -> tuple[list[Job], list[tuple[Job, str]]]:
+    """Return the runs that are left to do, and the damaged ones with what is wrong.
+
+    Raises:
+        Conflict: a folder belongs to another configuration; nothing is started then.
+    """
+    left, damaged = [], []
+    for job in jobs:
+        try:
+            if job.result() is None:
+                left.append(job)
+        except Conflict:
+            raise
+        except UsageError as error:
+            damaged.append((job, str(error)))
+    return left, damaged
 
 
 def _runs(count: int) -> str:
@@ -194,7 +213,7 @@ def _devices(config: SweepConfig) -> list[_Device]:
     return [_Device(f"cuda:{number}", names[number].strip()) for number in numbers]
 
 
-def _carry_out(jobs: list[Job], devices: list[_Device], console: Console) -> list[tuple[Job, str]]:
+def carry_out(jobs: list[Job], devices: list[_Device], console: Console) -> list[tuple[Job, str]]:
     """Run jobs, one at a time on each device; return those that failed, with the reason."""
     free: queue.Queue[_Device] = queue.Queue()
     for device in devices:
@@ -207,11 +226,14 @@ def _carry_out(jobs: list[Job], devices: list[_Device], console: Console) -> lis
             for number, future in enumerate(as_completed(futures)):
                 job, reason = futures[future], future.result()
                 done = f"{number + 1}/{len(jobs)} {job.folder}"
-                if reason is None:
-                    found = job.result() or {}
-                    accuracy = found.get("accuracy", float("nan"))
-                    console.print(f"{done}: {accuracy:.2f} %", soft_wrap=True)
+                try:
+                    found = job.result() if reason is None else None
+                except UsageError as error:
+                    reason = str(error)
+                if found is not None:
+                    console.print(f"{done}: {found['accuracy']:.2f} %", soft_wrap=True)
                 else:
+                    reason = reason or "it left no result"
                     failed.append((job, reason))
                     console.print(f"{done}: failed ({reason})", soft_wrap=True)
         except BaseException:
@@ -223,8 +245,7 @@ def _carry_out(jobs: list[Job], devices: list[_Device], console: Console) -> lis
                     "at once"
                 )
             raise
-    order = {id(job): place for place, job in enumerate(jobs)}
-    return sorted(failed, key=lambda item: order[id(item[0])])
+    return failed
 
 
 class _Running:
@@ -289,10 +310,4 @@ def _run_on_free(job: Job, free: "queue.Queue[_Device]", running: _Running) -> s
         free.put(device)
     if status == 0:
         return None
-    return "interrupted" if status is None else _last_line(job.folder / LOG) or f"status {status}"
-
-
-def _last_line(path: Path) -> str:
-    """Return the last line with words; a frame around a message has none."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line for line in reversed(lines) if any(map(str.isalnum, line))), "").strip()
+    return "interrupted" if status is None else last_words(job.folder) or f"status {status}"

@@ -1,12 +1,14 @@
 """The folder of one run: one process at a time, always with the same configuration."""
 
+import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ...cli import UsageError
-from ..files import cannot_write, read_json, write_json
+from ..files import cannot_write, read_json
 
 try:
     import fcntl
@@ -18,11 +20,20 @@ RESULT = "result.json"
 ENVIRONMENT = "environment.json"
 LOCK = ".lock"
 ADAPTER = "adapter"
+METRICS = "metrics.jsonl"
+BOARD = "tensorboard"
+LOG = "log.txt"
+"""What a run of a sweep prints."""
+
+LONG = 80
+"""Letters of a value that a message shows."""
 
 
 @contextmanager
 def claim(folder: Path, description: dict[str, Any]) -> Iterator[None]:
     """Hold a run's folder; make it if it is not there.
+
+    A start that fails before there is anything to go on with leaves nothing behind.
 
     Args:
         folder: of the run.
@@ -32,21 +43,44 @@ def claim(folder: Path, description: dict[str, Any]) -> Iterator[None]:
         UsageError: another process holds it, it belongs to another configuration, or it cannot be
             written.
     """
+    with _held(folder):
+        _require_same(folder, description)
+        try:
+            yield
+        except BaseException:
+            _clear(folder)
+            raise
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder until the end, however that comes."""
+    path = folder / LOCK
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = path.open("ab")
+        except OSError as error:
+            raise UsageError(
+                f"--output: got {folder}, expected a folder that can be written "
+                f"({error.strerror}); choose another"
+            ) from None
+        with lock:
+            _lock(lock, folder)
+            # Who held it before may have removed the file; a lock on that one holds nothing.
+            if _is_at(lock, path):
+                yield
+                return
+
+
+def _is_at(file: Any, path: Path) -> bool:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("ab")
-    except OSError as error:
-        raise UsageError(
-            f"--output: got {folder}, expected a folder that can be written ({error.strerror}); "
-            "choose another"
-        ) from None
-    with lock:
-        _hold(lock, folder)
-        _check_description(folder, description)
-        yield
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
-def _hold(lock: Any, folder: Path) -> None:
+def _lock(lock: Any, folder: Path) -> None:
     if fcntl is None:
         return
     try:
@@ -61,30 +95,66 @@ def _hold(lock: Any, folder: Path) -> None:
         raise cannot_write(folder / LOCK, error) from None
 
 
-def _check_description(folder: Path, description: dict[str, Any]) -> None:
-    """Write the description of a new run, or compare it with that of the run that is there."""
+def _require_same(folder: Path, description: dict[str, Any]) -> None:
+    """Compare a description with that of the run that is there, if there is one."""
     path, saved = folder / CONFIG, saved_description(folder)
-    if saved is None:
-        write_json(path, description)
-        return
-    changed = differences(saved, description)
+    changed = differences(saved, description) if saved is not None else []
     if changed:
         name, before, now = changed[0]
         others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UsageError(
-            f"{name}: got {now}, expected {before} as in {path}{others}; repeat the first command "
-            "to go on with that run, or choose another --output"
+            f"{name}: got {brief(now)}, expected {brief(before)} as in {path}{others}; repeat the "
+            "first command to go on with that run, or choose another --output"
         )
 
 
-def saved_description(folder: Path) -> Any:
+def _clear(folder: Path) -> None:
+    """Remove what a start wrote, unless a step is saved or written down."""
+    metrics = folder / METRICS
+    begun = (folder / RESULT).exists() or any(folder.glob("checkpoint*"))
+    if begun or (metrics.exists() and metrics.stat().st_size):
+        return
+    with suppress(OSError):
+        shutil.rmtree(folder / BOARD, ignore_errors=True)
+        for name in (ENVIRONMENT, CONFIG, METRICS, LOCK):
+            (folder / name).unlink(missing_ok=True)
+        # OUTPUT/DATASET/METHOD/NAME; other runs keep theirs.
+        for path in (folder, *folder.parents[:2]):
+            path.rmdir()
+
+
+def saved_description(folder: Path) -> dict[str, Any] | None:
     """Return the description with which a run began; None if it has not begun.
 
-    A start that failed before the first step, on a missing file for instance, binds nobody.
+    Raises:
+        UsageError: it has begun, and its description is missing or damaged.
     """
-    if (folder / ENVIRONMENT).exists() or (folder / RESULT).exists():
-        return read_json(folder / CONFIG)
-    return None
+    if not any((folder / name).exists() for name in (ENVIRONMENT, RESULT)):
+        return None
+    path = folder / CONFIG
+    found = read_json(path)
+    if not isinstance(found, dict):
+        got = "no such file" if found is None else f"a JSON {type(found).__name__}"
+        raise UsageError(
+            f"{path}: got {got}, expected the configuration with which the run began; restore it, "
+            f"or delete {folder} to begin anew"
+        )
+    return found
+
+
+def last_words(folder: Path) -> str:
+    """Return the last line with words of a run's log, "" for none; a frame's border has none."""
+    try:
+        lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return ""
+    return next((line for line in reversed(lines) if any(map(str.isalnum, line))), "").strip()
+
+
+def brief(value: Any) -> str:
+    """Return a value for a message, cut where it is long."""
+    text = str(value)
+    return text if len(text) <= LONG else f"{text[:LONG]} ..."
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:

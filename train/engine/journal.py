@@ -8,9 +8,7 @@ from typing import Any
 
 from ...cli import UsageError
 from ..files import cannot_write
-
-METRICS = "metrics.jsonl"
-BOARD = "tensorboard"
+from .folder import BOARD, METRICS
 
 
 class Journal:

@@ -12,8 +12,9 @@ import torch
 import tcpa
 
 from ...cli import UsageError
+from ..files import read_json
 from .distributed import World
-from .folder import differences
+from .folder import ENVIRONMENT, brief, differences
 
 PACKAGES = ("torch", "timm", "triton", "torchvision", "numpy", "safetensors")
 
@@ -32,6 +33,27 @@ def describe_environment(world: World) -> dict[str, Any]:
     }
 
 
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """Return the entries of the environment record, one a start.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    path = folder / ENVIRONMENT
+    found = read_json(path)
+    if found is None:
+        return []
+    # What later starts are compared with, see `_inputs`.
+    usable = isinstance(found, list) and found and isinstance(found[0], dict)
+    usable = usable and all(isinstance(found[0].get(name), dict) for name in ("backbone", "data"))
+    if not usable:
+        raise UsageError(
+            f"{path}: got {brief(found)}, expected an entry for every start; restore it, or delete "
+            f"{folder} to begin anew"
+        )
+    return found
+
+
 def require_same_inputs(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """Raise UsageError unless weights and images are those with which a run began.
 
@@ -43,8 +65,8 @@ def require_same_inputs(before: dict[str, Any], now: dict[str, Any], folder: Pat
     if changed:
         name, old, new = changed[0]
         raise UsageError(
-            f"{name}: got {new}, expected {old}, as when the run in {folder} began; restore those "
-            "weights and images, or choose another --output"
+            f"{name}: got {brief(new)}, expected {brief(old)}, as when the run in {folder} began; "
+            "restore those weights and images, or choose another --output"
         )
 
 
@@ -52,11 +74,11 @@ def _inputs(entry: dict[str, Any]) -> dict[str, Any]:
     """Return what tells weights and images apart; how a cache lays them out does not matter."""
     data = {
         name: {key: value for key, value in split.items() if key != "cache"}
-        | {"key": split.get("cache", {}).get("key")}
+        | {"key": (split.get("cache") or {}).get("key")}
         for name, split in entry["data"].items()
         if isinstance(split, dict)
     }
-    return {"backbone": entry["backbone"]["fingerprint"], "data": data}
+    return {"backbone": entry["backbone"].get("fingerprint"), "data": data}
 
 
 def versions() -> dict[str, str]:

@@ -9,12 +9,13 @@ from typing import Any
 
 from ...cli import UsageError
 from ..engine.checkpoint import CURRENT
-from ..engine.folder import CONFIG, ENVIRONMENT, RESULT
-from ..engine.journal import METRICS, read_metrics
+from ..engine.folder import CONFIG, ENVIRONMENT, LOG, METRICS, RESULT, last_words
+from ..engine.journal import read_metrics
 from ..engine.loop import CHOOSES_ON, MEASURED_ON
 from ..files import read_json
 
-SIGNS = (CONFIG, RESULT, METRICS, CURRENT)
+BEGUN = (CONFIG, RESULT, METRICS, CURRENT)
+SIGNS = (*BEGUN, LOG)
 """A folder with one of these files is the folder of a run."""
 
 
@@ -113,6 +114,10 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Problem]]:
         )
     runs, problems = [], []
     for path in found.values():
+        if not any((path / name).exists() for name in BEGUN):
+            said = last_words(path) or "empty"
+            problems.append(Problem(path, f"has not begun; the end of its {LOG}: {said}"))
+            continue
         try:
             run = _read(path)
         except _Damaged as error:
