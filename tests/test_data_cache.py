@@ -234,8 +234,11 @@ def test_a_disk_that_fills_up_while_decoding(pool, tmp_path, small_chunks, monke
 
 def test_a_folder_that_cannot_be_written(pool, tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"x-32.building: got an error of the disk \(Not a dir"):
+    with pytest.raises(
+        UsageError, match=r"x-32.building: got an error of the disk \(Not a dir"
+    ) as e:
         build_cache(pool, tmp_path / "file" / "cache", "x", resize=32)
+    assert "for the cache to be written to; choose another folder with --cache, " in str(e.value)
 
 
 def alter(path: Path, place: int) -> None:

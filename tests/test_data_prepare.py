@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -17,6 +18,8 @@ import pytest
 import tyro
 from dataset_trees import write_tree, write_vpt_splits
 from tcpa.train.data import download
+from tcpa.train.data.cache import PIXELS, note_verified
+from tcpa.train.data.cached import open_cached
 from tcpa.train.data.commands import PrepareConfig, VerifyConfig, run_prepare, run_verify
 from tcpa.train.data.download import Unreachable, fetch, md5_of
 from tcpa.train.data.prepare import prepare
@@ -509,9 +512,69 @@ def test_commands(tmp_path, capsys, monkeypatch) -> None:
     assert "dtd official test        4 images" in capsys.readouterr().out
     monkeypatch.setitem(HTA, "dtd", replace(expected_of("dtd", root), test_per_class=None))
     run_verify(config)
-    assert "dtd: all is as it should be" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "honest: without overlap, as every other --protocol takes them" in printed
+    assert (
+        "dtd: each of 12 images of 2 classes can be decoded, the counts are those of the published "
+        "dataset" in printed
+    )
     run_prepare(parse(PrepareConfig, "dtd", "--data", str(root), "--offline"))
     assert "dtd-r1.0.1.tar.gz: its content is there" in capsys.readouterr().out
+
+
+def test_verify_of_a_folder_of_ones_own(tmp_path, capsys) -> None:
+    root = write_tree("folder", tmp_path / "mine")
+    run_verify(VerifyConfig(name="folder", data=root, images=False))
+    printed = capsys.readouterr().out
+    assert printed.endswith("folder: each of 36 images of 3 classes is there\n")
+    assert "folder every    train      16 images" in printed and "honest" not in printed
+    (root / "train/class 0/train0.jpg").write_bytes(b"junk")
+    with pytest.raises(UsageError) as caught:
+        run_verify(VerifyConfig(name="folder", data=root))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == (
+        f"{root}: got 1 problem, expected whole images, a folder for every class; mend or remove "
+        "what is listed:"
+    )
+    assert lines[1].endswith("expected a whole image; replace or remove it") and len(lines) == 2
+
+
+def test_verify_reads_the_caches_whole(tmp_path, capsys) -> None:
+    root = write_tree("folder", tmp_path / "mine")
+    config = VerifyConfig(name="folder", data=root, cache=tmp_path / "cache")
+    caches = [
+        open_cached("folder", root, split, resize=16, cache=tmp_path / "cache").cache
+        for split in ("train", "test")
+    ]
+    (tmp_path / "cache/mine-train-16-unfinished").touch()
+    run_verify(config)
+    printed = capsys.readouterr().out
+    for cache in caches:
+        assert f"{cache.folder}: 0.00 GB, as it was built\n" in printed
+    # Bits that turn on the disk change no time of change.
+    with (caches[0].folder / PIXELS).open("r+b") as stream:
+        stream.write(b"12345")
+    note_verified(caches[0].folder)
+    os.utime(root / "test/class 0/test0.jpg", ns=(1, 1))
+    with pytest.raises(UsageError) as caught:
+        run_verify(config)
+    assert re.fullmatch(
+        rf"got 1 damaged cache:\n  {caches[0].folder}/pixels.bin: got other bytes between 0 and "
+        r"[\d,]+ than were written, expected the cache as it was built; the next run mends it",
+        str(caught.value),
+    )
+    printed = capsys.readouterr().out
+    assert f"{caches[1].folder}: 0.00 GB, of another state of the images; unless" in printed
+    assert f"reads it: rm -r {caches[1].folder}\n" in printed
+
+
+@pytest.mark.parametrize("command", [run_prepare, run_verify])
+def test_a_misspelt_dataset_is_guessed(command, tmp_path) -> None:
+    config = VerifyConfig if command is run_verify else PrepareConfig
+    with pytest.raises(
+        UsageError, match=r"got 'cubb', expected one of dtd, .*; did you mean cub\?"
+    ):
+        command(config(name="cubb", data=tmp_path))
 
 
 def test_configurations_need_nothing_heavy() -> None:

@@ -361,8 +361,54 @@ def test_own_folder(tmp_path) -> None:
     assert len(open_split("folder", root, "val").rows) == 18
     assert len(open_split("folder", root, "train").rows) == 18
     (root / "val/class 0").rename(root / "val/other")
-    with pytest.raises(UsageError, match=r"mine: got the label 'other' for val/other/test0.jpg"):
+    with pytest.raises(
+        UsageError, match=r"val/other: got a class that train/ does not have, expec"
+    ):
         open_split("folder", root, "train")
+    shutil.rmtree(root / "val")
+    (root / "test/class 0").rename(root / "test/clas 0")
+    with pytest.raises(UsageError) as caught:
+        open_split("folder", root, "train")
+    assert str(caught.value) == (
+        f"{root}/test/clas 0: got a class that train/ does not have (did you mean class 0?), "
+        f"expected the 3 classes of {root}/train; rename or remove it, or add training images of it"
+    )
+
+
+def test_no_advice_on_a_folder_of_ones_own_speaks_of_fetching(tmp_path) -> None:
+    root = write_tree("folder", tmp_path / "mine")
+    pool = open_split("folder", root, "train").pool
+    first, second = (root / "train/class 0" / name for name in ("train0.jpg", "train2.jpg"))
+    first.write_bytes(first.read_bytes()[:300])
+    second.unlink()
+    messages = []
+    for broken in (lambda: pool.load(0), lambda: pool.load(2), pool.stamps):
+        with pytest.raises(UsageError, match=r"train\d.jpg: got .*, expected") as caught:
+            broken()
+        messages.append(str(caught.value))
+    assert messages[0].endswith("; replace or remove it")
+    assert messages[1].endswith("; put it back, or run the command again without it")
+    assert messages[2].endswith("; put it back, or run the command again without it")
+    for split in ("train", "test"):
+        shutil.rmtree(root / split)
+    with pytest.raises(
+        UsageError, match=r"mine: got no folder, expected .*two or more, or train/ a"
+    ):
+        open_split("folder", root, "train")
+    for label in "ab":
+        Image.new("RGB", (8, 8)).save((root / label).with_suffix(".png"))
+        (root / label).mkdir()
+        (root / label).with_suffix(".png").rename(root / label / "only.png")
+    with pytest.raises(UsageError, match=r"mine: got no test images of folder, .*; add some$"):
+        open_split("folder", root, "train")
+
+
+def test_a_file_given_as_data_is_told(tmp_path) -> None:
+    file = tmp_path / "cub.tgz"
+    file.write_bytes(b"")
+    for name in ("cub", "folder"):
+        with pytest.raises(UsageError, match=r"--data: got the file .*cub.tgz, expected a folder"):
+            open_split(name, file, "train")
 
 
 def test_own_folder_of_one_tree(tmp_path) -> None:
@@ -379,5 +425,5 @@ def test_own_folder_of_one_tree(tmp_path) -> None:
     (tree / "empty").mkdir()
     with pytest.raises(UsageError, match=r"empty: got no image, expected files that end in .jpg"):
         open_split("folder", tree, "train")
-    with pytest.raises(UsageError, match=r"class 0: got 0 folders, expected a folder for every"):
+    with pytest.raises(UsageError, match=r"class 0: got no folder, expected a folder for every"):
         open_split("folder", tree / "class 0", "train")

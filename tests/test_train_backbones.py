@@ -3,13 +3,16 @@
 import hashlib
 import os
 import pickle
+import time
+import urllib.error
+from email.message import Message
 
 import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from tcpa.train import backbones
+from tcpa.train import hub
 from tcpa.train.backbones import ALIASES, load_backbone
 
 from tcpa.cli import UsageError
@@ -172,8 +175,9 @@ def test_a_pickle_runs_no_code(tmp_path):
     (tmp_path / "old.pth").write_bytes(pickle.dumps(Trap(), protocol=2))
     np.savez(tmp_path / "trap.npz", **{"embedding/kernel": np.array([Trap()], dtype=object)})
     for name in ("trap.pth", "old.pth", "trap.npz"):
-        with pytest.raises(UsageError, match=name):
+        with pytest.raises(UsageError, match=name) as caught:
             load(tmp_path / name)
+        assert ("holds more than tensors" in str(caught.value)) == name.endswith(".pth")
     assert not (tmp_path / "sprung").exists()
 
 
@@ -184,10 +188,18 @@ def test_files_that_cannot_be_read_are_named(source, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"\x10")
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
     (tmp_path / "weights.h5").write_bytes(b"")
+    (tmp_path / "junk.pth").write_bytes(b"<html>404 not found</html>")
+    (tmp_path / "zeros.pt").write_bytes(bytes(200))
+    (tmp_path / "pickle.bin").write_bytes(b"\x80\x02junk")
+    (tmp_path / "empty.pth").write_bytes(b"")
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
     torch.save({"epoch": 3}, tmp_path / "other.pth")
     cases = {
-        "cut.pth": "is damaged",
+        "cut.pth": "is damaged or no file of torch.save",
+        "junk.pth": "is damaged or no file of torch.save",
+        "zeros.pt": "is damaged or no file of torch.save",
+        "pickle.bin": "is damaged or no file of torch.save",
+        "empty.pth": "is damaged or no file of torch.save",
         "cut.safetensors": "is damaged",
         "cut.npz": "is damaged",
         "weights.h5": "expected a file named .safetensors, .pth",
@@ -208,29 +220,74 @@ def test_both_in21k_checkpoints_have_names_of_their_own():
     }
 
 
-def test_without_a_connection_it_is_said_what_to_fetch(monkeypatch, tmp_path):
+@pytest.fixture
+def empty_hub(monkeypatch, tmp_path):
+    """A hub at an address where nobody listens, and an empty cache."""
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    return constants
+
+
+def never(*_, **__):
+    pytest.fail("the hub's client was asked, which takes a minute")
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_without_a_connection_it_is_said_what_to_fetch(offline, empty_hub, monkeypatch, capfd):
+    monkeypatch.setattr(empty_hub, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(timm, "create_model", never)
+    start = time.monotonic()
     with pytest.raises(UsageError) as caught:
         load_backbone("orig_in21k")
+    assert time.monotonic() - start < 10 and capfd.readouterr() == ("", "")
     message = str(caught.value)
-    for part in ("--weights: ", "vit_base_patch16_224.orig_in21k", "--weights FILE", "cached"):
+    reason = "HF_HUB_OFFLINE is set" if offline else "no connection to http://127.0.0.1:9: "
+    for part in (
+        f"--weights: the pretrained weights of {ALIASES['orig_in21k']} could not be loaded (",
+        reason,
+        "fetch model.safetensors of http://127.0.0.1:9/timm/vit_base_patch16_224.orig_in21k",
+        "pass it as --weights FILE",
+        f"kept in {empty_hub.HF_HUB_CACHE}",
+    ):
         assert part in message
-    assert "model.safetensors of the hub's timm/vit_base_patch16_224.orig_in21k" in message
+    assert "\n" not in message
 
 
-def test_the_file_in_the_hubs_cache_is_recorded(monkeypatch, tmp_path, source):
-    path = tmp_path / "model.safetensors"
-    save_file(plain_state(source), path)
-    monkeypatch.setattr(backbones, "_cached_file", lambda model: path)
-    monkeypatch.setattr(
-        backbones, "_create", lambda *a, **k: timm.create_model(NAME, num_classes=0)
-    )
-    _, record = load_backbone(NAME)
+def test_a_hub_that_does_not_answer_is_given_up(empty_hub, monkeypatch):
+    monkeypatch.setattr(hub, "PATIENCE", 0.05)
+    monkeypatch.setattr(hub.urllib.request, "urlopen", lambda *a, **k: time.sleep(5))
+    with pytest.raises(UsageError, match=r"no connection to http://127.0.0.1:9: no answer"):
+        load_backbone("orig_in21k")
+
+
+def test_a_hub_that_refuses_is_there(empty_hub, monkeypatch):
+    refused = urllib.error.HTTPError("http://127.0.0.1:9", 403, "Forbidden", Message(), None)
+    monkeypatch.setattr(hub.urllib.request, "urlopen", lambda *a, **k: raising(refused))
+    assert hub.source(ALIASES["orig_in21k"]) == {}
+
+
+def raising(error):
+    raise error
+
+
+def test_the_hubs_cache_is_enough(empty_hub, monkeypatch, source, tmp_path):
+    """The file of the cache fills the model without a question to anybody, and is recorded."""
+    repository = tmp_path / f"hub/models--timm--{timm.get_pretrained_cfg(NAME).hf_hub_id[5:]}"
+    path = repository / "snapshots/abc/model.safetensors"
+    path.parent.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("abc")
+    state = plain_state(source)
+    save_file(state, path)
+    monkeypatch.setattr(hub, "_unreachable", never)
+    assert hub.source(NAME) == {"pretrained_cfg_overlay": {"file": str(path), "custom_load": False}}
+    model, record = load_backbone(NAME, image_size=48)
     assert record.weights == "pretrained"
     assert record.file_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert torch.equal(model.state_dict()["norm.bias"], state["norm.bias"])
 
 
 @pytest.mark.parametrize(
@@ -244,6 +301,6 @@ def test_an_unknown_backbone_is_named(name, near):
     assert f"did you mean {near}?" in str(caught.value)
 
 
-def test_an_image_size_that_the_backbone_cannot_have_is_named():
-    with pytest.raises(UsageError, match=r"--image-size: .*resnet18.* for 32"):
-        load_backbone("resnet18", "none", image_size=32)
+def test_an_architecture_that_is_none_is_named_and_not_its_size():
+    with pytest.raises(UsageError, match=r"--backbone: got resnet18: .*use one of timm's"):
+        load_backbone("resnet18", "none", image_size=96)

@@ -35,6 +35,28 @@ def test_two_epochs_of_every_dataset(name, tmp_path):
     assert data["train"]["cache"] and data["test"]["cache"]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"pool_size": 4, "top_k": 5},
+            "--top-k: got 5, expected at most the cls pool's 4 entries; ",
+        ),
+        (
+            {"pool_size": 4, "top_k": None},
+            "--pool-size: got 4, expected 10 or more, which a token ",
+        ),
+        (
+            {"pool_size": None, "top_k": 1000},
+            "--top-k: got 1000, expected at most the cls pool's 18",
+        ),
+    ],
+)
+def test_more_entries_than_there_are_name_the_option(options, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        resolve(make_config(tmp_path, **options))
+
+
 def test_each_protocol_reads_its_splits(tmp_path):
     root = write_tree("dtd", tmp_path / "data", classes=3, per_class=10)
     world = World(torch.device("cpu"))

@@ -221,6 +221,9 @@ def test_a_full_disk_is_named_and_nothing_is_lost(fault, train, uninterrupted, t
     reason = "No space left on device" if fault in FULL else "File too large"
     assert reason in message and str(tmp_path) in message
     assert "run the same command again" in message
+    saved = bool(list(tmp_path.rglob("checkpoint.safetensors")))
+    assert ("it goes on from the last checkpoint" in message) == saved
+    assert ("it begins anew: nothing was saved yet" in message) != saved
     assert not list(tmp_path.rglob("*.part"))
     assert train(tmp_path) == 0
     assert_same_end(tmp_path, uninterrupted)

@@ -7,6 +7,7 @@ fill the model exactly is refused: a backbone that is loaded in part trains with
 
 import difflib
 import hashlib
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,9 +22,11 @@ from safetensors.torch import load_file
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
+from tcpa.build import require_covered
 from tcpa.saving import backbone_fingerprint
 
 from ..cli import UsageError
+from . import hub
 
 ALIASES = {
     "orig_in21k": "vit_base_patch16_224.orig_in21k",
@@ -34,8 +37,6 @@ ALIASES = {
 UNUSED = ("head.", "fc_norm.", "pre_logits.")
 """Beginnings of names that a file may hold and a backbone without a head does not use: the
 classifier of the pretraining and, in the original in21k checkpoint, the layer before it."""
-
-HUB_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +83,7 @@ def load_backbone(
     model = _create(full, image_size, pretrained=weights == "pretrained")
     path = None
     if weights == "pretrained":
-        path = _cached_file(model)
+        path = hub.cached_file(full)
     elif weights != "none":
         path = Path(weights)
         fill(model, path)
@@ -97,12 +98,15 @@ def load_backbone(
 
 def _create(name: str, image_size: int, *, pretrained: bool) -> nn.Module:
     own = timm.get_pretrained_cfg(name)
-    size: dict[str, Any] = {}
+    options: dict[str, Any] = {"pretrained": pretrained}
     if own is None or own.input_size[-1] != image_size:
-        size["img_size"] = image_size
+        options["img_size"] = image_size
+    if pretrained:
+        options |= hub.source(name)
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
+        return timm.create_model(name, num_classes=0, **options)
     except TypeError as error:
+        _require_covered(name)
         raise UsageError(
             f"--image-size: timm cannot create {name} for {image_size} pixels ({error}); use its "
             "own size or another --backbone"
@@ -114,29 +118,16 @@ def _create(name: str, image_size: int, *, pretrained: bool) -> nn.Module:
                 f"--backbone: timm cannot create {name} for {image_size} pixels ({reason}); change "
                 "--image-size or --backbone"
             ) from None
-        raise UsageError(
-            f"--weights: the pretrained weights of {name} could not be loaded ({reason}); connect "
-            f"once so that they are cached, copy them and pass --weights FILE{_where(name)}, or "
-            "choose another --backbone"
-        ) from None
+        raise hub.not_loaded(name, reason) from None
 
 
-def _where(name: str) -> str:
-    own = timm.get_pretrained_cfg(name)
-    if own is None or not own.hf_hub_id:
-        return ""
-    return f" (model.safetensors of the hub's {own.hf_hub_id})"
-
-
-def _cached_file(model: Any) -> Path | None:
-    """Return the file that timm has just read; None where it cannot be told."""
-    hub_id = (getattr(model, "pretrained_cfg", None) or {}).get("hf_hub_id")
-    if not hub_id:
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = (try_to_load_from_cache(hub_id, name) for name in HUB_FILES)
-    return next((Path(path) for path in found if isinstance(path, str)), None)
+def _require_covered(name: str) -> None:
+    """Raise UsageError if the architecture is none that prompts can be put on."""
+    try:
+        require_covered(timm.create_model(name, pretrained=False, num_classes=0))
+    except (TypeError, ValueError) as error:
+        reason = str(error).removeprefix("backbone: ")
+        raise UsageError(f"--backbone: got {name}: {reason}") from None
 
 
 def sha256(path: Path) -> str:
@@ -186,14 +177,20 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError:
+    except UnpicklingError as error:
+        if re.search("unsupported (global|class)", str(error), re.IGNORECASE):
+            raise UsageError(
+                f"--weights: {path} holds more than tensors and is not loaded, because a pickle "
+                "can run code; save its state dict alone, as safetensors"
+            ) from None
         raise UsageError(
-            f"--weights: {path} holds more than tensors and is not loaded, because a pickle can "
-            "run code; save its state dict alone, as safetensors"
+            f"--weights: {path} is damaged or no file of torch.save; fetch it again"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"--weights: {path} is damaged ({reason}); fetch it again") from None
+    except Exception as error:  # The parser trips over whatever a damaged file holds.
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UsageError(
+            f"--weights: {path} is damaged or no file of torch.save ({reason}); fetch it again"
+        ) from None
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

@@ -85,11 +85,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> UsageError:
-    """Say that a file of a run could not be written, and what is left."""
+    """Say that a file in a run's folder could not be written, and what is left."""
+    saved = any(path.parent.glob("checkpoint*.safetensors"))
+    goes_on = "goes on from the last checkpoint" if saved else "begins anew: nothing was saved yet"
     return UsageError(
         f"{path} could not be written ({error.strerror}); what was there before is unchanged. Make "
-        "room or choose another --output, then run the same command again: it goes on from the "
-        "last checkpoint"
+        f"room or choose another --output, then run the same command again: it {goes_on}"
     )
 
 
@@ -110,7 +111,7 @@ def disk_errors(path: Path, content: str, option: str = "--data") -> Iterator[No
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         expected = f"room for {content}" if full else f"a folder for {content} to be written to"
-        remedy = f"make room or choose another folder with {option}" if full else f"set {option}"
+        remedy = f"{'make room or ' * full}choose another folder with {option}"
         raise UsageError(
             f"{path}: got an error of the disk ({error.strerror or error}), expected {expected}; "
             f"{remedy}, what is done is kept"

@@ -8,6 +8,7 @@ import numpy as np
 
 from .building import build_cache, describe
 from .cache import RESIZE, Cache
+from .pools import Pool
 from .splits import FOLDER, Split, SplitName, open_split
 from .squash import SquashedPool
 from .unfinished import Progress
@@ -44,6 +45,16 @@ def default_cache(name: str, root: Path) -> Path:
     )
 
 
+def cache_label(name: str, root: Path, part: str) -> str:
+    """Return what the names of caches of the training or test images begin with."""
+    return f"{root.resolve().name if name == FOLDER else name}-{part}"
+
+
+def cached_pool(name: str, pool: Pool, resize: int) -> Pool:
+    """Return the images as they go into a cache."""
+    return SquashedPool(pool, resize) if name in VTAB else pool
+
+
 def open_cached(
     name: str,
     root: Path,
@@ -67,8 +78,7 @@ def open_cached(
     """
     opened: Split = open_split(name, root, split, protocol=protocol, source=source)
     folder = default_cache(name, root) if cache is None else cache
-    label = f"{root.resolve().name if name == FOLDER else name}-{opened.pool_name}"
-    pool = SquashedPool(opened.pool, resize) if name in VTAB else opened.pool
+    label, pool = cache_label(name, root, opened.pool_name), cached_pool(name, opened.pool, resize)
     built = build_cache(pool, folder, label, resize=resize, workers=workers, progress=progress)
     record = opened.record | {"cache": describe(built)}
     return CachedSplit(built, opened.rows, opened.labels, opened.class_names, record)

@@ -41,6 +41,9 @@ class VerifyConfig:
     data: Path = Path("data")
     """Folder of all datasets; for folder, that folder itself."""
 
+    cache: Path | None = None
+    """Folder for decoded images, which are compared with their checksums; as for `run`."""
+
     images: bool = True
     """Decode every image; without it only see that the files are there."""
 
@@ -74,21 +77,53 @@ def run_verify(config: VerifyConfig) -> None:
     from .verify import verify
 
     with _bar("images") as show:
-        found = verify(config.name, config.data, images=config.images, progress=show)
+        found = verify(
+            config.name, config.data, images=config.images, cache=config.cache, progress=show
+        )
     for (protocol, split), count in found.counts.items():
         print(f"{config.name} {protocol:8} {split:5} {count:7,} images")
     if found.source:
         print(f"{config.name} source: {found.source}")
+    if any(protocol == "honest" for protocol, _ in found.counts):
+        print(
+            "official: train and val as the official code takes them. honest: without overlap, as "
+            "every other --protocol takes them"
+        )
+    for line in found.caches:
+        print(line)
+    told = []
     if found.problems:
-        listed = "\n  ".join(found.problems)
-        again = shlex.join(
-            ["tcpa-train", "data", "prepare", config.name, "--data", f"{config.data}"]
+        told.append(_listed(_difference(config, len(found.problems)), found.problems))
+    if found.damaged:
+        count = len(found.damaged)
+        told.append(_listed(f"got {count} damaged cache{'s' * (count != 1)}", found.damaged))
+    if told:
+        raise UsageError("\n".join(told))
+    state = "can be decoded" if config.images else "is there"
+    known = "" if config.name == "folder" else ", the counts are those of the published dataset"
+    print(
+        f"{config.name}: each of {found.images:,} images of {found.classes} classes {state}{known}"
+    )
+
+
+def _difference(config: VerifyConfig, count: int) -> str:
+    """Say what the problems of a dataset mean, and what to do about them."""
+    if config.name == "folder":
+        problems = f"{count} problem{'s' * (count != 1)}"
+        return (
+            f"{config.data}: got {problems}, expected whole images, a folder for every class; mend "
+            "or remove what is listed"
         )
-        raise UsageError(
-            f"{config.data}: got {config.name} with {len(found.problems)} differences, expected "
-            f"the published dataset; remove what differs and run `{again}`:\n  {listed}"
-        )
-    print(f"{config.name}: all is as it should be")
+    again = shlex.join(["tcpa-train", "data", "prepare", config.name, "--data", f"{config.data}"])
+    differences = f"{count} difference{'s' * (count != 1)}"
+    return (
+        f"{config.data}: got {config.name} with {differences}, expected the published dataset; "
+        f"remove what differs and run `{again}`"
+    )
+
+
+def _listed(title: str, lines: list[str]) -> str:
+    return "\n  ".join([f"{title}:", *lines])
 
 
 @contextmanager

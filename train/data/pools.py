@@ -6,7 +6,7 @@ import struct
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -65,16 +65,29 @@ def inside(folder: Path, relative: str, listed_in: Path) -> str:
     return str(parts)
 
 
+class _Remedies(NamedTuple):
+    """What to do about a file."""
+
+    missing: str
+    broken: str
+
+
+_FETCHED = _Remedies("unpack its archive again", "fetch it again")
+_OWN = _Remedies("put it back, or run the command again without it", "replace or remove it")
+
+
 class FilePool:
     """Image files under a folder.
 
     Args:
         folder: where the files are.
         names: their names relative to it, in order, as `inside` lets through.
+        own: whether nobody but the user has them, so that they cannot be fetched again.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+    def __init__(self, folder: Path, names: Sequence[str], *, own: bool = False) -> None:
         self.folder, self.names = folder, tuple(names)
+        self._remedies = _OWN if own else _FETCHED
 
     def __len__(self) -> int:
         return len(self.names)
@@ -87,7 +100,7 @@ class FilePool:
 
     def size(self, index: int) -> tuple[int, int]:
         """Return width and height from the file's header."""
-        with _opened(self.folder / self.names[index]) as picture:
+        with self._opened(self.folder / self.names[index]) as picture:
             return picture.size
 
     def load(self, index: int) -> Image.Image:
@@ -97,11 +110,28 @@ class FilePool:
             UsageError: the file is missing, is no image, or is cut off; names the file.
         """
         path = self.folder / self.names[index]
-        with _opened(path) as picture:
+        with self._opened(path) as picture:
             try:
                 return picture.convert("RGB")
             except UNREADABLE as error:
-                raise _unreadable(path, error) from None
+                raise self._unreadable(path, error) from None
+
+    def _opened(self, path: Path) -> Image.Image:
+        try:
+            return Image.open(path)
+        except FileNotFoundError:
+            raise UsageError(
+                f"{path}: got no such file, expected an image that the dataset lists; "
+                f"{self._remedies.missing}"
+            ) from None
+        except UNREADABLE as error:
+            raise self._unreadable(path, error) from None
+
+    def _unreadable(self, path: Path, error: Exception) -> UsageError:
+        return UsageError(
+            f"{path}: got a file that cannot be decoded ({error}), expected a whole image; "
+            f"{self._remedies.broken}"
+        )
 
     def stamps(self) -> list[str]:
         """Return name, bytes and time of change of every file.
@@ -121,7 +151,7 @@ class FilePool:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise UsageError(
                 f"{missing[0]}{more}: got no such file, expected the {len(self.names):,} images "
-                "that the dataset lists; unpack its archive again"
+                f"that the dataset lists; {self._remedies.missing}"
             )
         return found
 
@@ -181,22 +211,3 @@ class ArrayPool:
 def fingerprint(texts: Sequence[str]) -> str:
     """Return a short hash of texts in order, 16 hexadecimal digits."""
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
-
-
-def _opened(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except FileNotFoundError:
-        raise UsageError(
-            f"{path}: got no such file, expected an image that the dataset lists; unpack its "
-            "archive again"
-        ) from None
-    except UNREADABLE as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: Exception) -> UsageError:
-    return UsageError(
-        f"{path}: got a file that cannot be decoded ({error}), expected a whole image; fetch it "
-        "again"
-    )

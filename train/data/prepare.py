@@ -12,7 +12,7 @@ from ...cli import UsageError
 from ..files import disk_errors
 from . import download
 from .registry import Dataset, Source
-from .splits import DATASETS, FOLDER, NAMES
+from .splits import DATASETS, FOLDER, NAMES, require_dataset
 from .unpack import is_archive, unpack
 from .vtab_tasks import ROOT, VTAB
 
@@ -100,9 +100,7 @@ def _dataset(name: str) -> Dataset:
             "dataset: got 'folder', expected one that has to be fetched; a folder of your own is "
             "used as it is: give it as --data"
         )
-    if name not in DATASETS:
-        known = ", ".join(name for name in NAMES if name != FOLDER)
-        raise UsageError(f"dataset: got {name!r}, expected one of {known}; check the spelling")
+    require_dataset(name, [name for name in NAMES if name != FOLDER])
     return DATASETS[name]
 
 

@@ -1,15 +1,16 @@
 """Open a split of a dataset under a protocol: which images, which labels, and by what rule."""
 
+import difflib
 import random
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ...cli import UsageError
+from ...cli import UsageError, require
 from .own_folder import read_own
 from .pools import FilePool, Pool
 from .readers import READERS, Listing
@@ -69,10 +70,9 @@ def read_listing(name: str, root: Path) -> Listing:
     Raises:
         UsageError: unknown name; a file is missing, broken, or has an unknown label.
     """
-    if name not in NAMES:
-        raise UsageError(
-            f"dataset: got {name!r}, expected one of {', '.join(NAMES)}; check the spelling"
-        )
+    require_dataset(name, NAMES)
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"--data: got the file {root}, expected a folder; give the one it is in")
     if name == FOLDER:
         listing = read_own(root)
     else:
@@ -90,8 +90,16 @@ def read_listing(name: str, root: Path) -> Listing:
             listing = READERS[name](folder)
     for part, pool in listing.pools.items():
         if not len(pool):
-            raise UsageError(f"{root}: got no {part} images of {name}, expected some; fetch it")
+            remedy = "add some" if name == FOLDER else "fetch it again"
+            raise UsageError(f"{root}: got no {part} images of {name}, expected some; {remedy}")
     return listing
+
+
+def require_dataset(name: str, names: Sequence[str]) -> None:
+    """Raise UsageError, with the nearest name, unless it is one of `names`."""
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else "check the spelling"
+    require(name in names, "dataset", repr(name), f"one of {', '.join(names)}", hint)
 
 
 def _archive_class_names(name: str, folder: Path) -> list[str]:

@@ -1,5 +1,7 @@
 """Compare what is on disk of a dataset with the registry, and decode every image."""
 
+import glob
+import shlex
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -9,10 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from ...cli import UsageError
+from .building import cache_key
+from .cache import DamagedCache, open_cache
+from .cached import cache_label, cached_pool, default_cache
 from .pools import FilePool, Pool
 from .readers import Listing
 from .registry import Dataset
-from .splits import DATASETS, NAMES, SplitName, open_split, read_listing
+from .splits import DATASETS, FOLDER, NAMES, SplitName, open_split, read_listing, require_dataset
 from .vtab_tasks import VTAB
 
 SHOWN = 20
@@ -36,6 +41,14 @@ class Verification:
     problems: list[str] = field(default_factory=list)
     """One line each; none means that all is well."""
 
+    images: int = 0
+    classes: int = 0
+    caches: list[str] = field(default_factory=list)
+    """What is decoded of it, and whether that is still of use: a line for each cache."""
+
+    damaged: list[str] = field(default_factory=list)
+    """Caches that are not as they were built: a line each."""
+
 
 def verify(
     name: str,
@@ -43,15 +56,17 @@ def verify(
     *,
     images: bool = True,
     expected: Dataset | None = None,
+    cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Compare a dataset with the registry.
+    """Compare a dataset with the registry, and its caches with their checksums.
 
     Args:
         name: one of `splits.NAMES`; a folder of one's own has no expected counts.
         root: as for `open_split`.
         images: decode every image; else only see that its file is there.
         expected: what to compare with; None: the registry.
+        cache: folder for caches; None: `default_cache`.
         progress: gets images done and all images.
 
     Returns:
@@ -61,10 +76,7 @@ def verify(
     Raises:
         UsageError: no such dataset.
     """
-    if name not in NAMES:
-        raise UsageError(
-            f"dataset: got {name!r}, expected one of {', '.join(NAMES)}; check the spelling"
-        )
+    require_dataset(name, NAMES)
     expected = expected or DATASETS.get(name)
     found = Verification(name)
     try:
@@ -82,14 +94,46 @@ def verify(
     if expected and name not in VTAB:
         # A thousand images need not show every class; labels that are none were refused above.
         found.problems += _other_classes(listing, expected)
+    found.images = sum(map(len, listing.pools.values()))
+    found.classes = len(listing.class_names)
     found.problems += _limited(_other_images(listing, images, progress))
+    folder = default_cache(name, root) if cache is None else cache
+    for part, pool in listing.pools.items():
+        _look_at_caches(found, folder, cache_label(name, root, part), pool)
     return found
+
+
+def _look_at_caches(found: Verification, folder: Path, label: str, pool: Pool) -> None:
+    """Read the caches of a pool whole; tell those of earlier states of the images."""
+    for path in sorted(folder.glob(f"{glob.escape(label)}-*-*")):
+        resize, key = path.name.removeprefix(f"{label}-").split("-")[:2]
+        if not resize.isdecimal() or not path.is_dir():
+            continue
+        try:
+            opened = open_cache(path)
+            opened.check()
+        except DamagedCache as error:
+            found.damaged.append(f"{error.what}; the next run mends it")
+            continue
+        size = sum(file.stat().st_size for file in path.glob("*")) / 1e9
+        try:
+            stamps = cached_pool(found.name, pool, int(resize)).stamps()
+        except UsageError:
+            # An image is missing, and listed as a problem.
+            stamps = []
+        state = "as it was built"
+        if key != cache_key(stamps, int(resize)):
+            remove = shlex.join(["rm", "-r", str(path)])
+            state = f"of another state of the images; unless a run still reads it: {remove}"
+        found.caches.append(f"{path}: {size:.2f} GB, {state}")
 
 
 def _splits(name: str) -> list[tuple[str, SplitName]]:
     splits: tuple[SplitName, ...] = ("train", "val", "test")
     if name in VTAB:
         return [("every", split) for split in (*splits, "trainval")]
+    if name == FOLDER:
+        return [("every", split) for split in splits]
     return [(protocol, split) for protocol in ("official", "honest") for split in splits]
 
 

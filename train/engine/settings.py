@@ -92,10 +92,25 @@ def _resolve_prompts(
         changes[name] = config.prompt_dropout
     if prompts is None or not changes:
         return prompts
+    if isinstance(prompts, tcpa.TCPAConfig):
+        _require_entries(config, prompts, changes)
     try:
         return replace(prompts, **changes)
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def _require_entries(config: RunConfig, prompts: tcpa.TCPAConfig, changes: dict[str, Any]) -> None:
+    """Check --top-k against --pool-size; either may be the recipe's."""
+    for pool in ("cls", "image"):
+        names = (f"{pool}_pool_size", f"{pool}_top_k")
+        entries, top_k = (changes.get(name, getattr(prompts, name)) for name in names)
+        enough = top_k <= entries or prompts.coordination == "role"
+        pair = f"the {pool} pool's {entries} entries"
+        if config.top_k is not None:
+            require(enough, "--top-k", top_k, f"at most {pair}", "lower it or raise --pool-size")
+        told = f"{top_k} or more, which a token sees of the {pool} pool"
+        require(enough, "--pool-size", entries, told, "raise it or lower --top-k")
 
 
 def _require_method(config: RunConfig, option: str, usable: bool, expected: str) -> None:
