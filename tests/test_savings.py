@@ -8,7 +8,22 @@ import torch
 import torch.nn.functional as F
 from models import ARCHITECTURES
 
-from tcpa import Savings, TCPAConfig, VPTConfig, wrap
+from tcpa import (
+    AdaptFormerTuning,
+    AutoVPConfig,
+    BiasTuning,
+    DAMVPConfig,
+    E2VPTConfig,
+    FullTuning,
+    GatedPromptConfig,
+    LastBlockTuning,
+    LIONConfig,
+    Savings,
+    SideTuning,
+    TCPAConfig,
+    VPTConfig,
+    wrap,
+)
 
 NAMES = [field.name for field in dataclasses.fields(Savings)]
 TCPA = TCPAConfig(
@@ -30,15 +45,44 @@ METHODS = {
     "vpt-shallow": VPTConfig(length=7, deep=False),
     "vfpt": VPTConfig(length=7, fourier_fraction=0.6),
     "linear": None,
+    "e2vpt": E2VPTConfig(length=3, kv_length=4, dropout=0.0),
+    "gated": GatedPromptConfig(length=4, gate_init=0.5, dropout=0.0),
+    "vpt-deep-full": {"config": VPTConfig(length=3), "tuning": FullTuning()},
+    "tcpa-bias": {"config": TCPA, "tuning": BiasTuning()},
+    "e2vpt-last-block": {
+        "config": E2VPTConfig(length=3, kv_length=4, dropout=0.0),
+        "tuning": LastBlockTuning(),
+    },
+    "gated-adaptformer-dam-vp": {
+        "config": GatedPromptConfig(length=4, gate_init=0.5, dropout=0.0),
+        "tuning": AdaptFormerTuning(head="linear", dropout=0.0),
+        "input_prompt": DAMVPConfig(num_clusters=2),
+    },
+    "side-autovp": {
+        "config": None,
+        "tuning": SideTuning(pretrained=False),
+        "input_prompt": AutoVPConfig(trainable_scale=True),
+    },
+    "lion": {"config": None, "input_prompt": LIONConfig(hidden=5, iterations=60)},
 }
+"""Configuration of the token prompts, or all three choices."""
 
 
 def run(architecture, config, savings):
     """Logits, distance and all trained gradients of one step in float64."""
     backbone = architecture.create(torch.float64)
+    choices = config if isinstance(config, dict) else {"config": config}
+    config = choices["config"]
     torch.manual_seed(3)
-    model = wrap(backbone, config, savings=savings)
+    model = wrap(backbone, savings=savings, **choices)
     images = architecture.images(dtype=torch.float64)
+    if "tuning" in choices or "input_prompt" in choices:
+        # What starts from zeros would hide what it does.
+        with torch.no_grad():
+            for parameter in model.trainable_parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    if isinstance(choices.get("input_prompt"), DAMVPConfig):
+        model.fit_clusters(images)
     logits, distance = model(images, return_distance=True)
     weight = config.match_weight if isinstance(config, TCPAConfig) else 0.0
     (F.cross_entropy(logits, torch.tensor([0, 1, 2])) + weight * distance).backward()

@@ -15,7 +15,7 @@ from tcpa.train.config import (
     parse_normalization,
 )
 from tcpa.train.engine.settings import POOLS, describe, resolve, run_folder
-from tcpa.train.recipes import METHODS, print_recipes, recipe, recipe_rows
+from tcpa.train.recipes import METHODS, compose, print_recipes, recipe, recipe_rows
 from train_runs import make_config
 
 import tcpa
@@ -66,11 +66,78 @@ def test_methods_are_built_from_the_same_recipe(dataset):
     assert recipe(dataset, "vfpt").prompts == tcpa.VPTConfig.official_vfpt()
     deep = recipe(dataset, "vpt-deep").prompts
     assert isinstance(deep, tcpa.VPTConfig) and deep.deep and deep.fourier_fraction == 0
-    for method in METHODS.keys() - {"vfpt+tcpa"}:
+    unpublished = ("vfpt", "vpt+tcpa", "vp+tcpa", "dam-vp+tcpa", "autovp+tcpa", "lion")
+    assert {m for m, row in METHODS.items() if row.training is None} == {
+        *unpublished,
+        "vfpt+tcpa",
+    }
+    own = {"method", "source", "note", "prompts", "input_name", "input_prompt"}
+    for method in unpublished:
         other = recipe(dataset, method)
         assert "unpublished; those of vfpt+tcpa were taken" in other.note
-        shared = {"method": "", "note": "", "prompts": None}
-        assert dataclasses.replace(other, **shared) == dataclasses.replace(published, **shared)
+        for field in dataclasses.fields(other):
+            same = getattr(other, field.name) == getattr(published, field.name)
+            assert same or field.name in own, field.name
+
+
+def test_every_row_names_its_source_and_what_it_assumes():
+    for name, row in METHODS.items():
+        found = recipe("cub", name)
+        assert found.method == name and found.source == row.source and row.label
+        assert bool(found.note) == (name != "vfpt+tcpa")
+        # A prompt on the image comes with TCPA's tokens, not with its convolutions.
+        if name.endswith("+tcpa") and found.input_prompt is not None:
+            assert isinstance(found.prompts, tcpa.TCPAConfig) and not found.prompts.image_prompt
+
+
+def test_rates_follow_the_batch_where_the_source_says_so(tmp_path):
+    found = resolve(make_config(tmp_path, method="linear", batch_size=64))
+    assert found.peak_rate == pytest.approx(found.learning_rate * 64 / 256)
+    given = resolve(make_config(tmp_path, method="linear", batch_size=64, learning_rate=0.3))
+    assert given.peak_rate == 0.3
+    assert recipe("cub").peak_rate == recipe("cub").learning_rate
+
+
+def test_choices_of_a_row_can_be_replaced(tmp_path):
+    choices = {"input_prompt": "vp", "tuning": "bias"}
+    config = make_config(tmp_path, method="vpt-deep", **choices)
+    found = resolve(config)
+    assert found.method == "vpt-deep_input-vp_tuning-bias"
+    assert run_folder(config, found).parent.name == found.method
+    assert found.input_prompt == tcpa.VPConfig() and found.tuning == tcpa.BiasTuning()
+    assert found.prompts == recipe("cub", "vpt-deep").prompts
+    assert "of which a choice was replaced" in found.note
+    # The full name is a method too.
+    assert recipe("cub", found.method) == recipe("cub", compose("vpt-deep", **choices))
+    # Tunings with equal fields are told apart.
+    plain = resolve(make_config(tmp_path, method="vpt-deep", tuning="head"))
+    other = resolve(make_config(tmp_path, method="vpt-deep", tuning="bias"))
+    assert (
+        describe(config, plain)["recipe"]["tuning"] == describe(config, other)["recipe"]["tuning"]
+    )
+    assert describe(config, plain) != describe(config, other)
+    assert recipe("cub", "dam-vp_input-none").input_prompt is None
+
+
+def test_bugs_of_a_source_come_back_for_parity():
+    assert recipe("cub", "dam-vp_parity").momentum == 0.0
+    adapter = recipe("cub", "adapter_parity").tuning
+    assert isinstance(adapter, tcpa.AdapterTuning) and adapter.zero_init
+    with pytest.raises(UsageError, match="--parity: got parity with VFPT, expected a method whose"):
+        recipe("cub", "vfpt_parity")
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("vfpt_input-vpp", r"--input-prompt: got 'vpp', .*did you mean vp\?"),
+        ("vfpt_tuning-biases", r"--tuning: got 'biases', .*did you mean bias\?"),
+        ("vfpt_tunings-bias", "--method: got 'tunings-bias', expected input-NAME, tuning-NAME or"),
+    ],
+)
+def test_an_unknown_choice_is_named(method, message):
+    with pytest.raises(UsageError, match=message):
+        recipe("cub", method)
 
 
 def test_a_dataset_of_ones_own_says_whose_recipe_it_has():
@@ -79,7 +146,7 @@ def test_a_dataset_of_ones_own_says_whose_recipe_it_has():
     assert "that of food101 was taken" in found.note and found.script == ""
 
 
-@pytest.mark.parametrize(("method", "hint"), [("vftp+tcpa", "vfpt+tcpa"), ("full", "choose")])
+@pytest.mark.parametrize(("method", "hint"), [("vftp+tcpa", "vfpt+tcpa"), ("zzz", "choose")])
 def test_an_unknown_method_is_named(method, hint):
     with pytest.raises(UsageError) as caught:
         recipe("cub", method)

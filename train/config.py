@@ -78,6 +78,16 @@ class TrainOptions:
     parity: bool = False
     """dam-vp, adapter: repeat the known bugs of the source, which are corrected otherwise."""
 
+    prune_tokens: float = 0.0
+    """e2vpt: share of the prompt tokens to prune after the training, which is then done once more
+    with what is left, from the first values (rewinding)."""
+
+    prune_segments: float = 0.0
+    """e2vpt: likewise, share of the segments of every token that is left."""
+
+    meta_prompt: Path | None = None
+    """dam-vp: frame from which those of all clusters start, a file of meta-training."""
+
     epochs: int | None = None
     """Passes over the training images; the recipe's by default."""
 
@@ -281,7 +291,7 @@ def _check_options(options: TrainOptions) -> None:
         _require_range(name, getattr(options, name), 0, math.inf)
     for name in ("weight_decay", "match_weight", "mixup_alpha", "checkpoint_seconds"):
         _require_range(name, getattr(options, name), 0, math.inf)
-    for name in ("prompt_dropout", "label_smoothing"):
+    for name in ("prompt_dropout", "label_smoothing", "prune_tokens", "prune_segments"):
         _require_range(name, getattr(options, name), 0, 1)
     _require_range("log_steps", options.log_steps, 1, math.inf)
     rate = options.learning_rate

@@ -88,6 +88,10 @@ class Recipe(Training):
     tuning_name: str = USUAL_TUNING
     """Name of `tuning`'s kind."""
     tuning: tcpa.TuningConfig = field(default_factory=tcpa.HeadTuning)
+    prune_tokens: float = 0.0
+    """E2VPT: share of the tokens of a block that is pruned."""
+    prune_segments: float = 0.0
+    """E2VPT: share of the segments of a token that is pruned."""
     resize: int = 256
     """Shorter side to which an image is resized, pixels."""
     crop: int = 224

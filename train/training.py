@@ -51,6 +51,9 @@ class Training:
     label_smoothing: float = 0.1
     augment: bool = True
     """Crop at random and mirror; False: the crop of the evaluation."""
+    rounds: int = 1
+    """Times that the training is done, all together `epochs`: 2 where prompts are pruned in between
+    and everything else begins anew."""
     learning_rate_grid: tuple[float, ...] = ()
     """What the source searches on validation images, in the units of `learning_rate`."""
     weight_decay_grid: tuple[float, ...] = ()

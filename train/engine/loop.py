@@ -21,6 +21,7 @@ from .interruption import Interrupted, Requests
 from .journal import METRICS, Journal
 from .model import BuiltModel
 from .progress import Display
+from .stages import Stages
 from .steps import Trainer
 
 UNLOOKED = "unlooked"
@@ -93,6 +94,7 @@ class Loop:
             total_steps=settings.epochs * self.batches,
             graph=config.cuda_graph,
         )
+        self.stages = Stages(config, settings, world, self.trainer, splits.train)
         self.state = State()
         self.best: dict[str, Tensor] = {}
         self._saved, self._mark = time.monotonic(), time.perf_counter()
@@ -212,6 +214,10 @@ class Loop:
 
     def _train_epoch(self, journal: Journal | None, display: Display) -> None:
         state, trainer, epoch = self.state, self.trainer, self.state.epoch
+        if state.batch == 0:
+            done = self.stages.before(epoch)
+            if done is not None:
+                display.say(done)
         trainer.begin(epoch)
         self._mark = time.perf_counter() - state.unlooked_seconds
         state.unlooked_seconds = 0.0

@@ -66,12 +66,15 @@ def rate_factor(settings: Recipe, step: int, total_steps: int) -> float:
         step: number of the step, from 0.
         total_steps: steps of the whole training.
     """
+    total_steps //= settings.rounds
+    step %= total_steps
     if settings.schedule == "epoch-cosine":
-        warmup = round(settings.warmup_fraction * settings.epochs)
-        epoch = step * settings.epochs // total_steps
+        epochs = settings.epochs // settings.rounds
+        warmup = round(settings.warmup_fraction * epochs)
+        epoch = step * epochs // total_steps
         if epoch < warmup:
             return epoch / warmup
-        progress = (epoch - warmup) / max(settings.epochs - warmup, 1)
+        progress = (epoch - warmup) / max(epochs - warmup, 1)
         return 0.5 * (1 + math.cos(math.pi * progress))
     if settings.schedule == "steps":
         passed = [share for share in settings.milestones if step >= share * total_steps]

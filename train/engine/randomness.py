@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-MIXING, MODEL = 1, 2
+MIXING, MODEL, STAGE = 1, 2, 3
 """What numbers are drawn for; every purpose has a stream of its own."""
 
 

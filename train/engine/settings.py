@@ -9,6 +9,7 @@ from typing import Any
 import tcpa
 
 from ...cli import UsageError, require
+from ..backbones import sha256
 from ..config import RunConfig
 from ..data.splits import NAMES
 from ..data.vtab_tasks import VTAB
@@ -72,6 +73,7 @@ def resolve(config: RunConfig) -> Recipe:
         require(option in (None, found.crop), "--resize", option, found.crop, usual)
         found = replace(found, resize=found.crop)
     small, remedy = found.crop <= found.resize, "change --resize or --image-size"
+    found = _with_stages(config, found)
     require(small, "--image-size", found.crop, f"at most --resize ({found.resize})", remedy)
     return found
 
@@ -145,3 +147,5 @@ def describe(config: RunConfig, settings: Recipe) -> dict[str, Any]:
     if config.dataset in VTAB:
         found["options"]["vtab_source"] = config.vtab_source
     return found
+    if config.meta_prompt is not None:
+        options["meta_prompt"] = sha256(config.meta_prompt)

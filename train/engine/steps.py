@@ -17,6 +17,7 @@ from .objective import Mixer, losses, match_weight
 from .optimizer import make_optimizer, rate_factor
 from .precision import Numerics
 from .randomness import seed_model
+from .robust import keep_critical
 
 
 class Trainer:
@@ -39,7 +40,9 @@ class Trainer:
         graph: bool = False,
     ) -> None:
         self.model, self.world = model, world
-        self._settings, self._numerics, self._total = settings, numerics, total_steps
+        self._settings, self.numerics, self._total = settings, numerics, total_steps
+        lion = settings.input_prompt
+        self._critical = lion.critical_share if isinstance(lion, tcpa.LIONConfig) else 1.0
         self._mixer = Mixer(settings, model.num_classes)
         self._weight = match_weight(settings.prompts)
         self._graph = _StepGraph(self) if graph else None
@@ -51,6 +54,8 @@ class Trainer:
     def begin_anew(self) -> None:
         """Make the optimiser, without any memory, for the values that the model trains now."""
         graph, device = self._graph is not None, self.world.device
+        if graph:
+            self._graph = _StepGraph(self)
         self.optimizer = make_optimizer(self.model, self._settings, device, graph=graph)
         self._module = self._distribute(self.model)
 
@@ -88,7 +93,7 @@ class Trainer:
             else:
                 group["lr"] = rate
         images, targets = self._mixer(batch.images, batch.labels, epoch=epoch, step=index)
-        images = images.to(self._numerics.weights)
+        images = images.to(self.numerics.weights)
         count = len(images)
         if count == 0:
             # This process has no row of a tiny last batch and joins the others with weight 0.
@@ -106,13 +111,19 @@ class Trainer:
     def update(self, images: Tensor, targets: Tensor, scale: float) -> Tensor:
         """Do what a step does on the device; return loss, cross-entropy, distance `[3]`."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self._numerics.context(self.world.device):
+        with self.numerics.context(self.world.device):
             logits, distance = self._module(images, return_distance=True)
         found = losses(logits, distance, targets, self._weight)
         self.scaler.scale(found[0] * scale).backward()
+        if self._critical < 1:
+            keep_critical(self._prompt_parameters(), self._critical)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return found.detach()
+
+    def _prompt_parameters(self) -> list[nn.Parameter]:
+        parts = (self.model.input_prompt, self.model.feature_prompt)
+        return [p for part in parts if part is not None for p in part.parameters()]
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, of the values without one of their own."""
