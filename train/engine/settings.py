@@ -78,6 +78,22 @@ def resolve(config: RunConfig) -> Recipe:
     return found
 
 
+def _with_stages(config: RunConfig, found: Recipe) -> Recipe:
+    """Put in what happens before and between the epochs."""
+    clustered = isinstance(found.input_prompt, tcpa.DAMVPConfig)
+    fits = config.meta_prompt is None or clustered
+    got = f"{config.meta_prompt} with --method {found.method}"
+    require(fits, "--meta-prompt", got, "a method with DAM-VP's clusters", "leave it out")
+    there = config.meta_prompt is None or config.meta_prompt.is_file()
+    require(there, "--meta-prompt", config.meta_prompt, "a file of meta-training", "check the path")
+    shares = {"prune_tokens": config.prune_tokens, "prune_segments": config.prune_segments}
+    for option in (option for option, share in shares.items() if share > 0):
+        _require_method(config, option, isinstance(found.prompts, tcpa.E2VPTConfig), "with E2VPT")
+    if not any(shares.values()):
+        return found
+    return replace(found, epochs=2 * found.epochs, rounds=2, **shares)
+
+
 def _resolve_prompts(
     config: RunConfig, prompts: tcpa.PromptConfig | None
 ) -> tcpa.PromptConfig | None:
