@@ -7,8 +7,8 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .files import require_folder, unusable
+from .listing import Listing, index_labels
 from .pools import FilePool
-from .readers import Listing, index_labels
 from .stratify import held_out
 
 SPLITS = ("train", "val", "test")

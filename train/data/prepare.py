@@ -11,7 +11,7 @@ from filelock import FileLock
 from ...cli import UsageError
 from ..files import disk_errors
 from . import download
-from .registry import Dataset, Source
+from .dataset import Dataset, Source
 from .splits import DATASETS, FOLDER, NAMES, require_dataset
 from .unpack import is_archive, unpack
 from .vtab_tasks import ROOT, VTAB

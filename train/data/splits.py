@@ -11,10 +11,12 @@ from typing import Any, Literal
 import numpy as np
 
 from ...cli import UsageError, require
+from .dataset import Dataset, Rule
+from .listing import Listing
 from .own_folder import read_own
 from .pools import FilePool, Pool
-from .readers import READERS, Listing
-from .registry import HTA, Dataset, Rule
+from .readers import READERS
+from .registry import HTA
 from .stratify import held_out
 from .vpt import IMAGES, find_splits, read_splits
 from .vtab import read_vtab

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from .files import read_json, unusable
+from .listing import Listing, index_labels
 from .pools import FilePool, inside
-from .readers import Listing, index_labels
 
 SPLITS = ("train", "val", "test")
 IMAGES = {"cub": "images/", "nabirds": "images/", "stanford_dogs": "Images/", "flower102": ""}

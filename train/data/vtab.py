@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from .files import read_lines, unusable
+from .listing import Listing
 from .pools import FilePool, inside
-from .readers import Listing
 from .vtab_tasks import LISTS, Task
 
 Labels = dict[str, int]
