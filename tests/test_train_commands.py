@@ -30,7 +30,7 @@ def here(tmp_path, monkeypatch):
 def documented(config: type) -> dict[str, str]:
     """Return field -> the docstring under it, for a configuration and what it inherits from."""
     found = {}
-    for kind in config.__mro__[:-1]:
+    for kind in reversed(config.__mro__[:-1]):
         (node,) = ast.parse(inspect.getsource(kind)).body
         assert isinstance(node, ast.ClassDef)
         for field, text in zip(node.body, node.body[1:], strict=False):

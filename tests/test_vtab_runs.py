@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from dataset_trees import write_tree
 from tcpa.train.config import RunConfig
 from tcpa.train.engine.datasets import load_splits
 from tcpa.train.engine.distributed import World
@@ -45,8 +46,17 @@ def test_tuning_trains_on_800_and_never_opens_the_test_images(tmp_path) -> None:
     result = run(config_of("vtab-pets", tmp_path, method="linear", protocol="tune"))
     assert (result.train_images, result.test_images, result.measured_on) == (16, 0, "val")
     assert result.accuracy == result.val_accuracy and result.last_accuracy is None
-    with pytest.raises(UsageError, match="images/test/000024.png and 11 more: got no such file"):
+    with pytest.raises(UsageError, match=r"images/test/000024.png and 11 more: got no such file"):
         run(config_of("vtab-pets", tmp_path, method="linear", protocol="last"))
+
+
+def test_tuning_on_hta_leaves_out_the_test_images(tmp_path) -> None:
+    data = write_tree("dtd", tmp_path / "data", classes=3, per_class=4)
+    for name in (data / "DTD/dtd/dtd/labels/test1.txt").read_text().split():
+        (data / "DTD/dtd/dtd/images" / name).unlink()
+    given = {"dataset": "dtd", "data": data, "method": "linear", "resize": 40}
+    result = run(make_config(tmp_path / "runs", protocol="tune", **given))
+    assert (result.measured_on, result.test_images, result.chosen_on) == ("val", 0, None)
 
 
 def test_training_images_are_not_augmented(tmp_path) -> None:

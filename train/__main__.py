@@ -14,10 +14,12 @@ from .config import RecipesConfig, ReportConfig, RunConfig, SweepConfig
 from .data.commands import PrepareConfig, VerifyConfig
 from .demo.config import DemoConfig, PretrainConfig, TuneConfig
 from .engine.interruption import Interrupted
+from .search.config import SearchConfig
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
     "run": (RunConfig, ".run", "run"),
     "sweep": (SweepConfig, ".sweep", "sweep"),
+    "search": (SearchConfig, ".search.command", "search"),
     "report": (ReportConfig, ".report.command", "report"),
     "recipes": (RecipesConfig, ".recipes", "print_recipes"),
     "data prepare": (PrepareConfig, ".data.commands", "run_prepare"),

@@ -139,6 +139,10 @@ class TrainOptions:
     eval_precision: Literal["train", "fp32"] = "train"
     """Precision of evaluations: that of the training, or float32 as in the official code."""
 
+    choices: Path | None = None
+    """Folder of searches (`search`): learning rate and weight decay are those chosen there for the
+    dataset and the method, in place of the recipe's."""
+
     device: str = "auto"
     """Where to train: auto (a GPU if there is one), cpu, cuda, cuda:1, ... Under torchrun every
     process takes the GPU of its local rank."""
@@ -208,13 +212,16 @@ class SweepConfig(TrainOptions):
     """
 
     datasets: Annotated[tuple[str, ...], Positional] = ("hta",)
-    """Datasets; hta stands for all ten."""
+    """Datasets; hta stands for all ten, vtab for the nineteen tasks of VTAB-1k, vtab-natural,
+    vtab-specialized and vtab-structured for its groups; table1 and table2 for a published table:
+    its datasets with all its methods."""
 
-    methods: tuple[str, ...] = ("vfpt+tcpa",)
-    """Methods, see `run`."""
+    methods: tuple[str, ...] | None = None
+    """Methods, see `run`; by default vfpt+tcpa, and those of table1 and table2."""
 
-    seeds: tuple[int, ...] = (3407,)
-    """One run of every method on every dataset for each of them."""
+    seeds: tuple[int, ...] | None = None
+    """One run of every method on every dataset for each of them; by default 3407, and on VTAB-1k
+    VPT's five: 42, 44, 82, 100, 800."""
 
     gpus: tuple[int, ...] | None = None
     """GPUs to use, one job at a time each; all by default."""
@@ -225,16 +232,15 @@ class SweepConfig(TrainOptions):
     def __post_init__(self) -> None:
         _check_options(self)
         for option, values in (("DATASETS", self.datasets), ("--methods", self.methods)):
-            _require_different(option, values)
-            for value in values:
-                _require_name(option, value)
-        _require_different("--seeds", self.seeds)
-        for seed in self.seeds:
-            _require_seed("--seeds", seed)
-        if self.gpus is not None:
-            _require_different("--gpus", self.gpus)
-            negative = [gpu for gpu in self.gpus if gpu < 0]
-            require(not negative, "--gpus", negative, "numbers of GPUs from 0", "change them")
+            if values is not None:
+                _require_different(option, values)
+                for value in values:
+                    _require_name(option, value)
+        if self.seeds is not None:
+            _require_different("--seeds", self.seeds)
+            for seed in self.seeds:
+                _require_seed("--seeds", seed)
+        require_gpus(self.gpus)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -317,6 +323,14 @@ def _require_different(option: str, values: tuple) -> None:
     shown = ", ".join(map(str, values)) or "no value"
     usable = 0 < len(values) == len(set(values))
     require(usable, option, shown, "one or more different values", "change them")
+
+
+def require_gpus(gpus: tuple[int, ...] | None) -> None:
+    """Raise UsageError unless these can be numbers of GPUs."""
+    if gpus is not None:
+        _require_different("--gpus", gpus)
+        negative = [gpu for gpu in gpus if gpu < 0]
+        require(not negative, "--gpus", negative, "numbers of GPUs from 0", "change them")
 
 
 def _require_seed(option: str, seed: int) -> None:

@@ -5,7 +5,6 @@ fails takes no other with it, and the printed commands of an array job are the s
 """
 
 import contextlib
-import difflib
 import os
 import queue
 import shlex
@@ -21,22 +20,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
-import tcpa
-
-from ..cli import UsageError, choose_device, require
+from ..cli import UsageError, choose_device
 from .config import RunConfig, SweepConfig, TrainOptions
-from .data.splits import NAMES
 from .engine.folder import CONFIG, LOG, brief, differences, last_words, saved_description
 from .engine.interruption import Interrupted, raised
 from .engine.settings import describe, resolve, run_folder
+from .plans import plan
 from .recipes import Recipe
 from .report.command import print_runs
 from .report.runs import finished_result, read_runs
+from .search.config import SearchConfig
 
 PROGRAM = (sys.executable, "-m", "tcpa.train", "run")
 """Command of one run."""
-
-ALL = "hta"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,21 +80,10 @@ def jobs_of(config: SweepConfig) -> list[Job]:
     Raises:
         UsageError: a dataset or method is unknown, or an option does not fit one.
     """
-    datasets: list[str] = []
-    for name in config.datasets:
-        near = difflib.get_close_matches(name, (ALL, *NAMES), n=1)
-        hint = f"did you mean {near[0]}?" if near else "choose one of these"
-        known = name == ALL or name in NAMES
-        require(known, "DATASETS", repr(name), ", ".join((ALL, *NAMES)), hint)
-        datasets += [
-            d for d in (tcpa.HTA_DATASETS if name == ALL else (name,)) if d not in datasets
-        ]
     shared = {f.name: getattr(config, f.name) for f in fields(TrainOptions)}
     configs = [
         RunConfig(dataset=dataset, method=method, seed=seed, **shared)
-        for dataset in datasets
-        for method in config.methods
-        for seed in config.seeds
+        for dataset, method, seed in plan(config.datasets, config.methods, config.seeds)
     ]
     return [Job(run, resolve(run)) for run in configs]
 
@@ -130,7 +115,7 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
         for job in jobs:
             print(shlex.join(job.command))
         return []
-    devices = _devices(config)
+    devices = devices_of(config)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     left, damaged = look_at(jobs)
     finished = len(jobs) - len(left) - len(damaged)
@@ -181,7 +166,7 @@ def _runs(count: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Device:
+class Device:
     """Where one job at a time runs."""
 
     name: str
@@ -192,7 +177,12 @@ class _Device:
         return self.name
 
 
-def _devices(config: SweepConfig) -> list[_Device]:
+def devices_of(config: SweepConfig | SearchConfig) -> list[Device]:
+    """Return where jobs run, one at a time on each.
+
+    Raises:
+        UsageError: --gpus does not fit --device or the GPUs that are there.
+    """
     asked = config.device
     if asked not in ("auto", "cuda") or choose_device(asked).type != "cuda":
         if config.gpus is not None:
@@ -200,7 +190,7 @@ def _devices(config: SweepConfig) -> list[_Device]:
                 f"--gpus: got {config.gpus} with --device {asked}, expected none, as the runs do "
                 "not use GPUs; leave one of the two out"
             )
-        return [_Device(str(choose_device(asked)))]
+        return [Device(str(choose_device(asked)))]
     count = torch.cuda.device_count()
     numbers = config.gpus or tuple(range(count))
     if max(numbers) >= count:
@@ -210,12 +200,12 @@ def _devices(config: SweepConfig) -> list[_Device]:
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(count)]
-    return [_Device(f"cuda:{number}", names[number].strip()) for number in numbers]
+    return [Device(f"cuda:{number}", names[number].strip()) for number in numbers]
 
 
-def carry_out(jobs: list[Job], devices: list[_Device], console: Console) -> list[tuple[Job, str]]:
+def carry_out(jobs: list[Job], devices: list[Device], console: Console) -> list[tuple[Job, str]]:
     """Run jobs, one at a time on each device; return those that failed, with the reason."""
-    free: queue.Queue[_Device] = queue.Queue()
+    free: queue.Queue[Device] = queue.Queue()
     for device in devices:
         free.put(device)
     running = _Running()
@@ -289,7 +279,7 @@ class _Running:
                     self._processes.discard(process)
 
 
-def _run_on_free(job: Job, free: "queue.Queue[_Device]", running: _Running) -> str | None:
+def _run_on_free(job: Job, free: "queue.Queue[Device]", running: _Running) -> str | None:
     """Run a job where there is room; return what went wrong."""
     device = free.get()
     try:

@@ -14,6 +14,7 @@ from ..config import RunConfig
 from ..data.splits import NAMES
 from ..data.vtab_tasks import VTAB
 from ..recipes import Recipe, compose, recipe
+from ..search.choice import Choice, read_choice, require_conditions
 
 DIRECT = {
     "epochs": "epochs",
@@ -67,14 +68,20 @@ def resolve(config: RunConfig) -> Recipe:
     if "learning_rate" in given:
         # The peak itself, whatever the batch.
         given["rate_batch"] = 0
+    choice = None
+    if config.choices is not None:
+        choice = read_choice(config.choices, config.dataset, found.method)
+        given |= _chosen(config, choice)
     found = replace(found, prompts=_resolve_prompts(config, found.prompts), **given)
+    found = _with_stages(config, found)
     if config.dataset in VTAB:
         option, usual = config.resize, "images of VTAB-1k are resized to --image-size, both sides"
         require(option in (None, found.crop), "--resize", option, found.crop, usual)
         found = replace(found, resize=found.crop)
     small, remedy = found.crop <= found.resize, "change --resize or --image-size"
-    found = _with_stages(config, found)
     require(small, "--image-size", found.crop, f"at most --resize ({found.resize})", remedy)
+    if choice is not None and config.choices is not None:
+        require_conditions(choice, describe(config, found), config.choices)
     return found
 
 
@@ -92,6 +99,16 @@ def _with_stages(config: RunConfig, found: Recipe) -> Recipe:
     if not any(shares.values()):
         return found
     return replace(found, epochs=2 * found.epochs, rounds=2, **shares)
+
+
+def _chosen(config: RunConfig, choice: Choice) -> dict[str, Any]:
+    """Return what a search chose, as fields of the recipe."""
+    for option in ("learning_rate", "weight_decay"):
+        name, value = f"--{option.replace('_', '-')}", getattr(config, option)
+        require(value is None, name, value, "none with --choices", "leave one of them out")
+    # The peak itself, whatever the batch.
+    rates = {"learning_rate": choice.learning_rate, "rate_batch": 0}
+    return rates | {"weight_decay": choice.weight_decay, "chosen": choice.grid}
 
 
 def _resolve_prompts(
@@ -140,6 +157,9 @@ def _require_method(config: RunConfig, option: str, usable: bool, expected: str)
 def run_folder(config: RunConfig, settings: Recipe) -> Path:
     """Return the folder of a run."""
     name = f"{config.protocol}-seed{settings.seed}"
+    if config.protocol == "tune":
+        # One folder for each pair of a search.
+        name = f"tune-lr{settings.learning_rate}-wd{settings.weight_decay}-seed{settings.seed}"
     return config.output / config.dataset / settings.method / name
 
 
@@ -152,6 +172,8 @@ def describe(config: RunConfig, settings: Recipe) -> dict[str, Any]:
     options = {name: getattr(config, name) for name in DECISIVE}
     # A file may move; its content is compared where it is loaded.
     options["weights"] = Path(config.weights).name
+    if config.meta_prompt is not None:
+        options["meta_prompt"] = sha256(config.meta_prompt)
     found = {
         "recipe": dataclasses.asdict(settings),
         "options": options,
@@ -163,5 +185,3 @@ def describe(config: RunConfig, settings: Recipe) -> dict[str, Any]:
     if config.dataset in VTAB:
         found["options"]["vtab_source"] = config.vtab_source
     return found
-    if config.meta_prompt is not None:
-        options["meta_prompt"] = sha256(config.meta_prompt)

@@ -17,6 +17,9 @@ from .runs import Problem, Run
 LABELS = tuple(script.label for script in SCRIPTS.values())
 """Columns of the paper's Table 1."""
 
+CHOSEN = ("learning_rate", "rate_batch", "weight_decay", "chosen")
+"""Fields of a recipe that a search decides."""
+
 COMPLETE, PARTIAL, OWN = "complete", "INCOMPLETE", "own"
 
 
@@ -211,11 +214,15 @@ def _changes(run: Run) -> list[str]:
         usual = json.loads(json.dumps(asdict(recipe(run.dataset, run.method))))
     except UsageError:
         return ["a method that this version does not have"]
+    chosen = run.recipe.get("chosen")
+    # What a search chose differs from dataset to dataset; that it chose is one setting.
+    aside = ("seed", "note", *(CHOSEN if chosen else ()))
     changed = [
         f"{name.removeprefix('prompts.')}={value}"
         for name, _, value in differences(usual, run.recipe)
-        if name not in ("seed", "note")
+        if name not in aside
     ]
+    changed += [f"rate and decay chosen on validation images ({chosen})"] if chosen else []
     return changed + [name for name in ("compile", "cuda_graph") if run.options.get(name)]
 
 

@@ -1,0 +1,1 @@
+"""Searches: learning rate and weight decay, chosen on validation images alone."""
