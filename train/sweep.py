@@ -216,6 +216,7 @@ def carry_out(jobs: list[Job], devices: list[Device], console: Console) -> list[
             for number, future in enumerate(as_completed(futures)):
                 job, reason = futures[future], future.result()
                 done = f"{number + 1}/{len(jobs)} {job.folder}"
+                found = None
                 try:
                     found = job.result() if reason is None else None
                 except UsageError as error:

@@ -152,7 +152,7 @@ class _Build:
     def carry_out(self, workers: int | None, progress: Progress | None) -> None:
         with ThreadPoolExecutor(8) as threads:
             sizes = np.array(list(threads.map(self.pool.size, range(len(self.pool)))), np.int64)
-        scaled = np.array([resized_size(*size, self.resize) for size in sizes.tolist()], np.int64)
+        scaled = np.array([resized_size(w, h, self.resize) for w, h in sizes.tolist()], np.int64)
         small = keep_small(sizes, scaled)
         kept = sizes if small else scaled
         chunks = self._chunks(kept)

@@ -4,7 +4,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ class Chunk:
 
 def decode(
     pool: Pool, resize: int | None, path: Path, chunks: list[Chunk], workers: int | None
-) -> Iterator[tuple[Chunk, Future]]:
+) -> Generator[tuple[Chunk, Future]]:
     """Decode chunks in processes, or here when one is enough; yield them in order.
 
     After the first failure no further chunk is begun.

@@ -58,7 +58,7 @@ class Agreement:
         """All processes create it together."""
         self._world = world
         # On the host, beside whatever the devices are doing.
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
         self._asked: tuple[Tensor, Any] | None = None
 
     def ask(self, number: int) -> int:
