@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import blocks
+from .dispatch import autocast_dtype
 
 T = TypeVar("T")
 
@@ -73,9 +74,9 @@ class StackedProjections:
         alike = len({weight.shape for weight, _ in parts} | {norm.eps for norm in norms}) == 2
         if len(norms) < len(found) or not alike:
             return None
-        device, dtype = parts[0][0].device.type, parts[0][0].dtype
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
+        dtype = parts[0][0].dtype
+        if dtype != torch.float64:
+            dtype = autocast_dtype(parts[0][0].device) or dtype
         return StackedProjections(
             torch.stack([norm.weight for norm in norms])[:, None],
             torch.stack([norm.bias for norm in norms])[:, None],
@@ -133,9 +134,7 @@ class ParameterCache(Generic[T]):
         # Parameters made under inference_mode have no version counter: nothing can be kept.
         if any(p.is_inference() for p in parameters):
             return None
-        device = parameters[0].device.type
-        enabled = torch.is_autocast_enabled(device)
-        precision = torch.get_autocast_dtype(device) if enabled else None
+        precision = autocast_dtype(parameters[0].device)
         # Tensors made in inference mode must not be used outside it.
         mode = torch.is_inference_mode_enabled()
         return (mode, precision, [(id(p), p.data_ptr(), p.dtype, p._version) for p in parameters])
