@@ -27,8 +27,8 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	# The type checker cannot follow the package mapping of setup.py, nor links to folders, which it
 	# skips without a word: give it copies, and see that it took every file.
-	rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)
-	cp tcpa/*.py $(TYPECHECK)/
+	rm -rf $(TYPECHECK) && mkdir -p $(dir $(TYPECHECK))
+	cp -R tcpa $(TYPECHECK)
 	cp -R kernels train bench $(TYPECHECK)/
 	$(VENV)/bin/pyright --stats > $(CHECKED) || { cat $(CHECKED); exit 1; }
 	grep "files checked: $$(find tcpa train bench -name '*.py' | grep -c .)$$" $(CHECKED) \

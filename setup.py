@@ -15,7 +15,7 @@ VERSION = next(
 
 def packages() -> dict[str, str]:
     """Map every package to its folder."""
-    found = {"tcpa": "tcpa"}
+    found = {"tcpa": "tcpa"} | {f"tcpa.{inner}": f"tcpa/{inner}" for inner in find_packages("tcpa")}
     for package, folder in FOLDERS.items():
         found[package] = folder
         for inner in find_packages(folder):

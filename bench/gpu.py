@@ -8,6 +8,7 @@ tests       the tests that need a GPU (bfloat16 values, determinism, memory, cap
 golden      the outputs of the official code, through the kernels
 ops         the operations at the promised shape
 step        training and evaluation step
+converge    200 training steps against the reference, 100 repeats of a step
 tune        launches of the kernels
 ladder      the step from the official algorithm to the fastest form, one change after the other
 epoch       seconds per epoch
@@ -71,15 +72,19 @@ def stages(device: str, *, rehearse: bool) -> list[Stage]:
         verify = ("-m", "tcpa.verify", *golden[-1:])
         tune = ("--dry-run",)
     step = (*bench, "step", *on, *half)
+    converge = (*bench, "converge", *on)
     ladder = (*step, "--ladder")
     if rehearse:
         ladder = (*bench, "step", *on, *SMALL, "--ladder", "--provider", "frozen")
+        small = ("--model", "test_vit", "--batch", "2", "--steps", "20", "--repeats", "2")
+        converge = (*converge, *small)
     return [
         Stage("tests", tests, keeps_results=False),
         Stage("golden", verify, keeps_results=False),
         Stage("ops", (*bench, "ops", *on, *ops)),
         Stage("step", (*step, "--kinds") if not rehearse else step),
         Stage("evaluation", (*step, "--mode", "eval")),
+        Stage("converge", converge),
         Stage("tune", (*bench, "tune", *tune), keeps_results=False),
         Stage("ladder", ladder),
         Stage("epoch", (*bench, "epoch", *on, *epoch)),
