@@ -12,13 +12,14 @@ import matplotlib, as `tsne` and `separation` import scikit-learn, only when the
 """
 
 from .inspect_attention import AttentionMaps, attention_maps, patch_token
-from .inspect_common import patch_grid
+from .inspect_common import Pool, patch_grid
 from .inspect_diversity import Diversity, diversity, effective_rank
 from .inspect_features import Separation, features, separation, tsne
 from .inspect_figures import (
     Series,
     draw_attention,
     draw_attention_surface,
+    draw_image,
     draw_lines,
     draw_points,
     draw_selection,
@@ -43,6 +44,7 @@ __all__ = [
     "Change",
     "Diversity",
     "Overlap",
+    "Pool",
     "Selections",
     "Separation",
     "Series",
@@ -52,6 +54,7 @@ __all__ = [
     "diversity",
     "draw_attention",
     "draw_attention_surface",
+    "draw_image",
     "draw_lines",
     "draw_points",
     "draw_selection",

@@ -67,12 +67,12 @@ def _styled(draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
 def entry_colours(count: int) -> list[str]:
     """Return colours for the entries of a pool, as `#rrggbb`.
 
-    Eight of Okabe and Ito's, then the same lighter, darker, and again: number entries as well.
+    Eight of Okabe and Ito's, then the same darker, lighter, and again: number entries as well.
     """
     found = []
     for place in range(count):
         base = [int(COLOURS[place % 8][i : i + 2], 16) for i in (1, 3, 5)]
-        towards, amount = ((255, 0.0), (255, 0.5), (0, 0.4))[place // 8 % 3]
+        towards, amount = ((0, 0.0), (0, 0.5), (255, 0.65))[place // 8 % 3]
         mixed = (round(value + (towards - value) * amount) for value in base)
         found.append("#{:02x}{:02x}{:02x}".format(*mixed))
     return found
@@ -156,6 +156,20 @@ def draw_usage(seen: np.ndarray, *, title: str = "Tokens that see an entry") -> 
 
 
 @_styled
+def draw_image(image: np.ndarray, grid: tuple[int, int], *, title: str = "Image") -> "Figure":
+    """Draw an image with its patches numbered along the sides.
+
+    Args:
+        image: float `[height, width]` or `[height, width, 3]`, values in [0, 1].
+        grid: patches from top to bottom and from left to right.
+        title: text above.
+    """
+    figure, axes = _panel((3.3, 3.1))
+    _show_image(axes, image)
+    return _finish(figure, axes, title, "patch column", "patch row", grid, image)
+
+
+@_styled
 def draw_attention(
     image: np.ndarray,
     weights: np.ndarray,
@@ -163,8 +177,9 @@ def draw_attention(
     title: str = "Attention",
     limit: float | None = None,
     query: tuple[int, int] | None = None,
+    opacity: float = 1.0,
 ) -> "Figure":
-    """Draw over an image where a token looks.
+    """Draw where a token looks, over an image if `opacity` lets it be seen.
 
     Args:
         image: float `[height, width]` or `[height, width, 3]`, values in [0, 1].
@@ -172,6 +187,7 @@ def draw_attention(
         title: text above.
         limit: weight at the end of the colour scale; the largest by default.
         query: row and column of the patch that looks; it gets a frame.
+        opacity: of the colours, 0 to 1; below 1 they are not quite those of the scale.
     """
     figure, axes = _panel((3.3, 3.1))
     height, width = image.shape[:2]
@@ -180,7 +196,9 @@ def draw_attention(
     axes.imshow(grey, cmap="gray", vmin=0, vmax=1)
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     scale = {"cmap": "viridis", "vmin": 0, "vmax": 100 * limit or 1}
-    shown = axes.imshow(100 * weights, extent=extent, alpha=0.7, interpolation="nearest", **scale)
+    shown = axes.imshow(
+        100 * weights, extent=extent, alpha=opacity, interpolation="nearest", **scale
+    )
     if query is not None:
         from matplotlib.patches import Rectangle
 
@@ -241,13 +259,13 @@ def draw_points(
     listed = 0 < kinds <= 20
     figure, axes = _panel((4.0, 3.6 + 0.17 * -(-kinds // 5) * listed))
     if labels is None or not kinds:
-        axes.scatter(*points.T, s=9, color=COLOURS[0], linewidths=0)
+        axes.scatter(*points.T, s=14, color=COLOURS[0], linewidths=0)
     else:
         require_int("labels", int(labels.max()), 0, kinds - 1)
         for kind, (name, colour) in enumerate(zip(names, entry_colours(kinds), strict=True)):
             marker = MARKERS[kind % len(MARKERS)]
             of_class = points[labels == kind].T
-            axes.scatter(*of_class, s=11, color=colour, marker=marker, linewidths=0, label=name)
+            axes.scatter(*of_class, s=17, color=colour, marker=marker, linewidths=0, label=name)
     if listed:
         columns = min(kinds, 5)
         figure.legend(

@@ -1,0 +1,114 @@
+"""What `--demo` inspects: TCPA and VPT-deep, trained on the digits a moment ago."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+import tcpa
+
+from ..demo.backbone import NORMALIZATION, load_backbone
+from ..demo.data import NUM_CLASSES
+from ..demo.engine import (
+    BATCH_SIZE,
+    Method,
+    Split,
+    _train_epoch,
+    learning_rate_factor,
+    predict,
+)
+from ..demo.tasks import chosen_methods, split_on
+from .images import ImageSet
+from .subjects import BARE, State, Subject
+
+EPOCHS, QUICK_EPOCHS = 20, 2
+KEPT = (1, 2, 5, 10, 15)
+"""Epochs after which TCPA is kept, besides the first state and the last."""
+
+IMAGES, QUICK_IMAGES = 400, 60
+"""Test images that are inspected."""
+
+
+def demo_inputs(
+    *, quick: bool, seed: int, say: Callable[[str], None]
+) -> tuple[list[Subject], ImageSet]:
+    """Train the demo's methods as the demo does, on the CPU, and return them with test images.
+
+    The seed decides initial values and the order of the images. Two epochs and few images if
+    `quick`.
+    """
+    split = split_on(torch.device("cpu"), "quick" if quick else "test")
+    epochs = QUICK_EPOCHS if quick else EPOCHS
+    methods = {method.name: method for method in chosen_methods() if method.prompts is not None}
+    subjects = []
+    for name in ("TCPA", "VPT-deep"):
+        say(f"training {name}, {epochs} epochs on {len(split.train_labels):,} digits")
+        subjects.append(_train(methods[name], split, seed, epochs, keep=name == "TCPA"))
+    bare = tcpa.wrap(load_backbone(), None, normalization=NORMALIZATION).eval()
+    subjects.append(Subject(name=BARE, source="the demo's backbone", model=bare))
+    return subjects, _images(split, QUICK_IMAGES if quick else IMAGES)
+
+
+def _train(method: Method, split: Split, seed: int, epochs: int, keep: bool) -> Subject:
+    """Train like `demo.engine.train_method`, and keep copies on the way."""
+    torch.manual_seed(seed)
+    model = tcpa.wrap(
+        load_backbone(), method.prompts, num_classes=NUM_CLASSES, normalization=NORMALIZATION
+    )
+    optimizer = torch.optim.AdamW(
+        model.trainable_parameters(), method.learning_rate, weight_decay=method.weight_decay
+    )
+    order = torch.Generator().manual_seed(seed)
+    steps = epochs * -(-len(split.train_labels) // BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, steps)
+    )
+    states = [State(epoch=0, model=_copy(model))] if keep else []
+    for epoch in range(epochs):
+        model.train()
+        model.set_epoch(epoch)
+        _train_epoch(model, split, optimizer, schedule, order)
+        if keep and (epoch + 1 in KEPT or epoch + 1 == epochs):
+            states.append(State(epoch=epoch + 1, model=_copy(model)))
+    right = predict(model, split.test_images) == split.test_labels
+    accuracy = 100 * int(right.sum()) / len(right)
+    return Subject(
+        name=method.name,
+        source=f"trained for {epochs} epochs on {len(split.train_labels):,} digits",
+        model=model.eval(),
+        states=states,
+        accuracy=accuracy,
+    )
+
+
+def _copy(model: tcpa.PromptedViT) -> tcpa.PromptedViT:
+    """Return the model as it is now, on a backbone of its own."""
+    config = model.config
+    assert config is not None
+    twin = tcpa.wrap(
+        load_backbone(), replace(config), num_classes=NUM_CLASSES, normalization=NORMALIZATION
+    )
+    twin.load_state_dict(model.state_dict())
+    return twin.eval()
+
+
+def _images(split: Split, count: int) -> ImageSet:
+    """Return the first test images of every class, in turns."""
+    labels = split.test_labels.numpy()
+    rank = np.empty(len(labels), np.int64)
+    for kind in np.unique(labels):
+        rank[labels == kind] = np.arange((labels == kind).sum())
+    chosen = np.lexsort((labels, rank))[:count]
+    images = split.test_images[torch.from_numpy(chosen)]
+    (mean,), (std,) = NORMALIZATION
+    return ImageSet(
+        images=images,
+        pictures=(images[:, 0] * std + mean).clamp(0, 1).numpy(),
+        names=[f"test image {place}, a {labels[place]}" for place in chosen],
+        labels=labels[chosen],
+        class_names=[str(kind) for kind in range(NUM_CLASSES)],
+        skipped=[],
+        left_out=len(labels) - len(chosen),
+        origin="the digits of scikit-learn (not trained on)",
+    )

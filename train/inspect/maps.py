@@ -1,0 +1,122 @@
+"""Selection maps for the page: SVG whose patches tell their top-k list when pointed at."""
+
+import base64
+import io
+from html import escape
+
+import numpy as np
+from PIL import Image
+
+from tcpa.inspect_figures import entry_colours, ink_on
+
+from .measure import Inspection, Measured
+
+CELL, MARGIN = 20, 16
+"""Side of a patch and room for the numbers of rows and columns, SVG units."""
+
+HINT = "Point at a patch, or tap it: the prompts that it chose, in order."
+
+SCRIPT = """
+(function () {
+  "use strict";
+  function tell(event) {
+    var patch = event.target.closest && event.target.closest("rect[data-k]");
+    if (!patch) { return; }
+    var group = patch.closest(".maps"), place = patch.getAttribute("data-at");
+    group.querySelectorAll("rect.hot").forEach(function (r) { r.classList.remove("hot"); });
+    group.querySelectorAll('rect[data-at="' + place + '"]').forEach(function (same) {
+      same.classList.add("hot");
+      var entries = same.getAttribute("data-k").split(" "), rest = entries.slice(1).join(", ");
+      same.closest("figure").querySelector("output").textContent = "row " +
+        place.replace(",", ", column ") + ": prompt " + entries[0] +
+        (rest ? ", then " + rest : "");
+    });
+  }
+  document.addEventListener("mouseover", tell);
+  document.addEventListener("click", tell);
+})();
+"""
+
+
+def selection_maps(found: Inspection, of_model: Measured, number: int) -> str:
+    """Return the figures of one shown image, a block each."""
+    selected, place = of_model.selected, found.shown[number]
+    assert selected is not None
+    background = data_url(found.images.pictures[place])
+    colours = entry_colours(selected.found.num_pool[1])
+    figures = []
+    for block, orders in enumerate(selected.found.image):
+        order = orders[place]
+        svg = _svg(order, selected.found.grid, background, colours, block)
+        kinds = len(np.unique(order[:, 0]))
+        entry, count = _most(order[:, 0])
+        hint = HINT if block == 0 else "&nbsp;"
+        figures.append(
+            f"<figure><strong>Block {block + 1}: first choice of each patch</strong>{svg}"
+            f"<output>{hint}</output>"
+            f"<figcaption>{kinds} of {len(colours)} entries are a first choice; prompt {entry} "
+            f"is that of {count} of {len(order)} patches.</figcaption></figure>"
+        )
+    return f'<div class="maps grid">{"".join(figures)}</div>'
+
+
+def _most(first: np.ndarray) -> tuple[int, int]:
+    entries, counts = np.unique(first, return_counts=True)
+    return int(entries[counts.argmax()]), int(counts.max())
+
+
+def _svg(
+    order: np.ndarray, grid: tuple[int, int], background: str, colours: list[str], block: int
+) -> str:
+    rows, columns = grid
+    width, height = columns * CELL, rows * CELL
+    parts = [
+        f'<svg class="selection" viewBox="{-2 * MARGIN} {-2 * MARGIN} {width + 2 * MARGIN + 2} '
+        f'{height + 2 * MARGIN + 2}" role="img" '
+        f'aria-label="Block {block + 1}: first choice of every patch">',
+        f'<text x="{width / 2:g}" y="{-MARGIN - 4}" class="tick">patch column</text>',
+        f'<text transform="translate({-1.5 * MARGIN:g} {height / 2:g}) rotate(-90)" class="tick">'
+        "patch row</text>",
+        f'<image href="{background}" width="{width}" height="{height}" '
+        'preserveAspectRatio="none"/>',
+    ]
+    for column in range(columns):
+        parts.append(f'<text x="{column * CELL + CELL / 2:g}" y="-4" class="tick">{column}</text>')
+    for place, entries in enumerate(order.tolist()):
+        row, column = divmod(place, columns)
+        x, y, first = column * CELL, row * CELL, entries[0]
+        if column == 0:
+            parts.append(
+                f'<text x="{-MARGIN / 2:g}" y="{y + CELL / 2:g}" class="tick" dy="0.35em">{row}'
+                "</text>"
+            )
+        chosen = " ".join(map(str, entries))
+        parts.append(
+            f'<rect x="{x}" y="{y}" width="{CELL}" height="{CELL}" fill="{colours[first]}" '
+            f'data-at="{row},{column}" data-k="{chosen}"><title>row {row}, column {column}: '
+            f"{escape(chosen)}</title></rect>"
+            f'<text x="{x + CELL / 2:g}" y="{y + CELL / 2:g}" dy="0.35em">{first}</text>'
+        )
+    return "".join([*parts, "</svg>"])
+
+
+def legend(entries: int) -> str:
+    """Return the colours and numbers of the entries."""
+    chips = "".join(
+        f'<span style="background:{colour};color:{ink_on(colour)}">{entry}</span>'
+        for entry, colour in enumerate(entry_colours(entries))
+    )
+    return f'<p class="legend" aria-label="Entries of the image pool">{chips}</p>'
+
+
+def data_url(picture: np.ndarray) -> str:
+    """Return an image in [0, 1] as a PNG that needs no file."""
+    pixels = np.rint(255 * picture).astype(np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, format="png", optimize=True)
+    return png_url(out.getvalue())
+
+
+def png_url(png: bytes) -> str:
+    """Return a PNG as a URL that needs no file."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

@@ -1,0 +1,297 @@
+"""Every number of an inspection, by `tcpa.inspect`; and as JSON."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+import numpy as np
+
+from tcpa import inspect
+
+from ...cli import UsageError
+from .images import ImageSet
+from .subjects import Subject
+
+DIVERSITY_IMAGES = 32
+"""Images whose attention matrices are decomposed."""
+
+
+@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+class Query:
+    """A token whose attention is drawn."""
+
+    name: str
+    token: int
+    place: tuple[int, int] | None
+    """Row and column of a patch; None for the class token."""
+
+
+@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+class Selected:
+    """What the tokens of one model select."""
+
+    found: inspect.Selections
+    image: inspect.Usage
+    cls: inspect.Usage
+    overlap: inspect.Overlap
+    epochs: list[float]
+    """Of the states that are compared, the last one included."""
+    changes: list[inspect.Change]
+    """Of each state but the last, against the last."""
+
+
+@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+class Measured:
+    """Everything about one model."""
+
+    name: str
+    selected: Selected | None
+    no_selection: str
+    """Why there is none; "" where there is."""
+    maps: inspect.AttentionMaps
+    """Of the images that are shown, in one block."""
+    shares: np.ndarray
+    """`[N, 3]`: of the queries' first, over prefix tokens, patches, prompts; mean of images and
+    heads."""
+    features: np.ndarray
+    map2d: np.ndarray | None
+    separation: inspect.Separation | None
+    diversity: inspect.Diversity
+
+
+@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+class Inspection:
+    """What the page shows."""
+
+    subjects: Sequence[Subject]
+    measured: Sequence[Measured]
+    images: ImageSet
+    shown: list[int]
+    """Images with maps."""
+    queries: list[Query]
+    block: int
+    """Whose attention is drawn, from 0."""
+    head: int | None
+    backbone: str
+    seed: int
+    diversity_images: int
+
+
+def choose_shown(images: ImageSet, count: int) -> list[int]:
+    """Choose images to look at: of different classes where there are some, spread evenly."""
+    total = len(images.names)
+    if images.labels is None:
+        return sorted({round(place) for place in np.linspace(0, total - 1, min(count, total))})
+    first = [int(np.flatnonzero(images.labels == kind)[0]) for kind in np.unique(images.labels)]
+    spread = np.linspace(0, len(first) - 1, min(count, len(first)))
+    chosen = [first[round(place)] for place in spread]
+    others = [place for place in range(total) if place not in chosen]
+    return chosen + others[: count - len(chosen)]
+
+
+def choose_queries(
+    subject: Subject, images: ImageSet, places: Sequence[tuple[int, int]]
+) -> list[Query]:
+    """Choose tokens: the class token where there is one, and patches.
+
+    Raises:
+        UsageError: a patch is not there.
+    """
+    rows, columns = inspect.patch_grid(subject.model, images.images)
+    found = []
+    if getattr(subject.model.backbone, "cls_token", None) is not None:
+        found.append(Query(name="class token", token=0, place=None))
+    for row, column in places or ((rows // 2, columns // 2), (rows // 4, columns // 4)):
+        if row >= rows or column >= columns:
+            raise UsageError(
+                f"--patches: got {row},{column}, expected ROW,COLUMN up to {rows - 1},"
+                f"{columns - 1}; images have {rows} x {columns} patches"
+            )
+        token = inspect.patch_token(subject.model, images.images, row, column)
+        if token not in [query.token for query in found]:
+            name = f"patch in row {row}, column {column}"
+            found.append(Query(name=name, token=token, place=(row, column)))
+    return found
+
+
+def check_numbers(subject: Subject, block: int | None, head: int | None) -> tuple[int, int | None]:
+    """Return block and head from 0.
+
+    Raises:
+        UsageError: the model does not have so many.
+    """
+    blocks: Any = subject.model.backbone.blocks
+    for option, value, most in (
+        ("--block", block, len(blocks)),
+        ("--head", head, blocks[0].attn.num_heads),
+    ):
+        if value is not None and value > most:
+            raise UsageError(f"{option}: got {value}, expected 1 to {most}; choose another")
+    return (len(blocks) if block is None else block) - 1, None if head is None else head - 1
+
+
+def measure(
+    subjects: Sequence[Subject],
+    images: ImageSet,
+    *,
+    backbone: str,
+    show: int,
+    places: Sequence[tuple[int, int]],
+    block: int | None,
+    head: int | None,
+    batch_size: int,
+    seed: int,
+    say: Callable[[str], None],
+) -> Inspection:
+    """Measure all models on the same images.
+
+    Raises:
+        UsageError: an option does not fit the models.
+    """
+    index, head_index = check_numbers(subjects[0], block, head)
+    queries = choose_queries(subjects[0], images, places)
+    shown = choose_shown(images, show)
+    options = {"batch_size": batch_size}
+    tokens = [query.token for query in queries]
+    few = choose_shown(images, DIVERSITY_IMAGES)
+    measured = []
+    for subject in subjects:
+        say(f"measuring {subject.name} on {len(images.names):,} images")
+        model = subject.model
+        reason = inspect.why_nothing_is_selected(model) or ""
+        maps = inspect.attention_maps(
+            model,
+            images.images[shown],
+            queries=tokens,
+            head=head_index,
+            batch_size=batch_size,
+        )
+        features = inspect.features(model, images.images, **options)
+        kinds = 0 if images.labels is None else len(np.unique(images.labels))
+        separated = None
+        if images.labels is not None and 2 <= kinds < len(features):
+            near = min(5, len(features) - 1)
+            separated = inspect.separation(features, images.labels, neighbours=near)
+        measured.append(
+            Measured(
+                name=subject.name,
+                selected=None if reason else _select(subject, images, options),
+                no_selection=reason,
+                maps=maps,
+                shares=maps.shares()[:, :, :, 0].mean(axis=(1, 2)),
+                features=features,
+                map2d=inspect.tsne(features, seed=seed) if len(features) >= 4 else None,
+                separation=separated,
+                diversity=inspect.diversity(model, images.images[few], **options),
+            )
+        )
+    return Inspection(
+        subjects=subjects,
+        measured=measured,
+        images=images,
+        shown=shown,
+        queries=queries,
+        block=index,
+        head=head_index,
+        backbone=backbone,
+        seed=seed,
+        diversity_images=len(few),
+    )
+
+
+def _select(subject: Subject, images: ImageSet, options: dict[str, int]) -> Selected | None:
+    found = inspect.selections(subject.model, images.images, **options)
+    if 0 in (found.image.shape[-1], found.image.shape[2]) or found.image.shape[2] < 2:
+        return None
+    states = list(subject.states)
+    before = [inspect.selections(state.model, images.images, **options) for state in states]
+    changes = [inspect.change(state, before[-1]) for state in before[:-1]]
+    return Selected(
+        found=found,
+        image=inspect.usage(found),
+        cls=inspect.usage(found, "cls"),
+        overlap=inspect.overlap(found),
+        epochs=[state.epoch for state in states],
+        changes=changes,
+    )
+
+
+def to_json(found: Inspection) -> dict[str, Any]:
+    """Return all the numbers as JSON data; infinity becomes null."""
+    images = found.images
+    return {
+        "backbone": found.backbone,
+        "seed": found.seed,
+        "images": {
+            "origin": images.origin,
+            "names": images.names,
+            "labels": _plain(images.labels),
+            "classes": images.class_names,
+            "skipped": [{"name": name, "reason": reason} for name, reason in images.skipped],
+            "left_out": images.left_out,
+            "shown": [images.names[place] for place in found.shown],
+        },
+        "attention_of": {
+            "block": found.block + 1,
+            "head": None if found.head is None else found.head + 1,
+            "queries": [query.name for query in found.queries],
+        },
+        "models": [
+            _model_json(subject, of_model, found)
+            for subject, of_model in zip(found.subjects, found.measured, strict=True)
+        ],
+    }
+
+
+def _model_json(subject: Subject, of_model: Measured, found: Inspection) -> dict[str, Any]:
+    maps = of_model.maps
+    chosen = maps.weights[found.block]
+    order = [maps.queries.index(query.token) for query in found.queries]
+    selected = of_model.selected
+    return {
+        "name": subject.name,
+        "source": subject.source,
+        "accuracy_percent": subject.accuracy,
+        "trained_values": subject.model.num_trainable,
+        "selection": None
+        if selected is None
+        else {
+            "image_pool": _plain(selected.image),
+            "cls_pool": _plain(selected.cls),
+            "overlap": _plain(selected.overlap),
+            "epochs": selected.epochs,
+            "change_to_the_last": _plain(selected.changes),
+            "shown_images_top_k": _plain(selected.found.image[:, found.shown]),
+        },
+        "no_selection": of_model.no_selection or None,
+        "attention_of_shown_images": _plain(chosen[:, :, order]),
+        "attention_shares": {
+            "columns": ["prefix tokens", "patches", "prompts"],
+            "blocks": _plain(of_model.shares),
+        },
+        "tsne": _plain(of_model.map2d),
+        "separation": _plain(of_model.separation),
+        "diversity": {
+            name: {"mean": _plain(values.mean(axis=1)), "std": _plain(values.std(axis=1))}
+            for name, values in _fields(of_model.diversity).items()
+        }
+        | {"images": found.diversity_images},
+    }
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in record.__dataclass_fields__}
+
+
+def _plain(value: Any) -> Any:
+    """Turn records and arrays into JSON data; floats to seven digits."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {name: _plain(part) for name, part in _fields(value).items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, float | np.floating):
+        return float(f"{float(value):.7g}") if math.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value

@@ -1,0 +1,158 @@
+"""The command `tcpa-train inspect`."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from ...cli import UsageError, choose_device
+from ..files import replace_file
+from .config import InspectConfig
+
+PAGE, NUMBERS, FIGURES = "index.html", "numbers.json", "figures"
+PROGRAM = "tcpa inspect"
+
+
+def run_inspect(config: InspectConfig) -> Path:
+    """Inspect what a configuration names and return the page.
+
+    Raises:
+        UsageError: something that was asked for cannot be had; the message says what to change.
+    """
+    # Heavy: after the options are known to be good.
+    from .images import read_images
+    from .measure import measure, to_json
+    from .page import build_page
+    from .subjects import load_subjects
+
+    start = time.perf_counter()
+    device = choose_device(config.device)
+    prepare_output(config.output)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    if config.demo:
+        from .demo import demo_inputs
+
+        subjects, images = demo_inputs(quick=config.quick, seed=config.seed, say=say)
+        backbone = "the demo's ViT"
+    else:
+        assert config.images is not None
+        subjects, backbone = load_subjects(
+            config.runs, config.checkpoints, config.backbone, config.weights
+        )
+        model = subjects[0].model
+        images = read_images(
+            config.images,
+            size=_image_size(model),
+            channels=_channels(model),
+            normalization=tuple(model.normalization),  # type: ignore[arg-type]
+            max_images=config.max_images,
+            seed=config.seed,
+        )
+        for name, reason in images.skipped:
+            say(f"skipped {name}: {reason}")
+    for subject in subjects:
+        for model in (subject.model, *(state.model for state in subject.states)):
+            model.to(device)
+    found = measure(
+        subjects,
+        images,
+        backbone=backbone,
+        show=config.show,
+        places=config.patch_places(),
+        block=config.block,
+        head=config.head,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        say=say,
+    )
+    say("drawing")
+    page, drawn = build_page(found)
+    numbers = {"program": PROGRAM, **to_json(found)}
+    files = {f"{FIGURES}/{drawing.name}.png": drawing.png for drawing in drawn}
+    files |= {
+        NUMBERS: (json.dumps(numbers, allow_nan=False) + "\n").encode(),
+        # Last: a folder with a page is whole.
+        PAGE: page.encode(),
+    }
+    _write(config.output, files)
+    for of_model in found.measured:
+        if of_model.selected is None:
+            reason = of_model.no_selection or "its patches choose among no prompts"
+            say(f"{of_model.name}: no selection maps ({reason})")
+    seconds = time.perf_counter() - start
+    say(f"{seconds:.0f} s; {config.output / PAGE}, {NUMBERS}, {len(drawn)} files in {FIGURES}/")
+    return config.output / PAGE
+
+
+def _image_size(model) -> int:
+    size = model.backbone.patch_embed.img_size
+    return 224 if not size else int(size[0])
+
+
+def _channels(model) -> int:
+    from tcpa.blocks import input_channels
+
+    channels = input_channels(model.backbone)
+    if channels not in (1, 3):
+        raise UsageError(
+            f"RUNS: got a backbone for images of {channels} channels, expected 1 or 3; use "
+            "tcpa.inspect with tensors of your own"
+        )
+    return channels
+
+
+def prepare_output(folder: Path) -> None:
+    """Make the output folder, or accept one that an earlier inspection filled.
+
+    Raises:
+        UsageError: it holds something else, or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        known = {PAGE, NUMBERS, FIGURES}
+        others = sorted(path.name for path in folder.iterdir() if path.name not in known)
+        if others or (any(folder.iterdir()) and not _is_ours(folder)):
+            raise UsageError(
+                f"--output: got {folder}, which holds other files"
+                f"{f' ({others[0]})' if others else ''}, expected a new or empty folder or one "
+                "that an earlier inspection made; choose another"
+            )
+        (folder / FIGURES).mkdir(exist_ok=True)
+        trial = folder / FIGURES / ".trial"
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+
+
+def _is_ours(folder: Path) -> bool:
+    if not (folder / NUMBERS).is_file():
+        # A first inspection that did not get so far.
+        return not (folder / PAGE).exists() and not any((folder / FIGURES).glob("[!.]*"))
+    with (folder / NUMBERS).open("rb") as file:
+        return PROGRAM.encode() in file.read(100)
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    try:
+        for name, data in files.items():
+            replace_file(folder / name, data)
+        for path in (folder / FIGURES).glob("*.png"):
+            if f"{FIGURES}/{path.name}" not in files:
+                # Of an earlier inspection.
+                path.unlink()
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+
+
+def _cannot_write(folder: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"--output: got {folder}, expected a folder that can be written ({error.strerror}); make "
+        "room or choose another"
+    )

@@ -1,0 +1,294 @@
+"""The models that are compared: adapters of runs on their backbone, and the backbone by itself."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import tcpa
+from tcpa import blocks
+from tcpa.saving import CONFIG_FILE
+
+from ...cli import UsageError
+from ..backbones import ALIASES, load_backbone
+from ..demo import backbone as demo
+from ..engine.checkpoint import CURRENT, PREVIOUS
+from ..engine.checkpoint import _read as read_checkpoint
+from ..engine.folder import ADAPTER
+from ..report.runs import SIGNS, finished_result, read_runs
+
+BARE = "no prompt"
+METHODS = {
+    tcpa.VPTConfig: lambda c: (
+        "VFPT" if c.fourier_fraction else "VPT-deep" if c.deep else "VPT-shallow"
+    ),
+    tcpa.TCPAConfig: lambda c: "TCPA" if c.coordination == "token" else "R-TCPA",
+    type(None): lambda c: "linear probe",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """The model of a subject at another time."""
+
+    epoch: float
+    """Epochs trained."""
+    model: tcpa.PromptedViT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """One model."""
+
+    name: str
+    """As on the page."""
+    source: str
+    """Where it comes from."""
+    model: tcpa.PromptedViT
+    """In float32, in evaluation mode."""
+    states: Sequence[State] = field(default=())
+    """Earlier states, in order; the last may be the model itself."""
+    accuracy: float | None = None
+    """Percent, on images that were not trained on, where it is known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A folder with an adapter, and what its configuration says of the backbone."""
+
+    folder: Path
+    run: Path | None
+    backbone: dict[str, Any]
+    tuning: Any
+
+    @property
+    def name(self) -> str:
+        """Name of the backbone."""
+        return str(self.backbone["name"])
+
+
+def find_adapter(path: Path, option: str = "RUNS") -> Adapter:
+    """Find the adapter of a finished run, or the one that a folder holds.
+
+    Raises:
+        UsageError: there is none, or the run is unfinished or damaged.
+    """
+    if (path / CONFIG_FILE).is_file():
+        return _read_adapter(path, None, option)
+    inside = sorted(file.parent for file in path.glob(f"*/{CONFIG_FILE}"))
+    if any((path / name).exists() for name in SIGNS) and path.name != "demo_output":
+        if (path / ADAPTER / CONFIG_FILE).is_file() and finished_result(path) is not None:
+            return _read_adapter(path / ADAPTER, path, option)
+        if not inside or (path / ADAPTER) in inside:
+            _, problems = read_runs([path])
+            reason = problems[0].text if problems else f"it has no {ADAPTER}"
+            raise UsageError(
+                f"{option}: got {path}, expected a finished run; {reason}. Finish it first, or "
+                "name an adapter that was saved from it"
+            )
+    hint = f"did you mean {inside[0]}?" if inside else "name such a folder"
+    raise UsageError(
+        f"{option}: got {path}, expected the folder of a finished run or of an adapter "
+        f"({CONFIG_FILE}); {hint}"
+    )
+
+
+def _read_adapter(folder: Path, run: Path | None, option: str) -> Adapter:
+    try:
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        described = content["backbone"]
+        found = Adapter(folder=folder, run=run, backbone=described, tuning=content.get("tuning"))
+        parts = ("name", "image_size", "dtype", "settings", "fingerprint")
+        if not all(part in described for part in parts) or found.backbone["dtype"] not in DTYPES:
+            raise KeyError("backbone")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UsageError(
+            f"{option}: {folder / CONFIG_FILE} is not what tcpa saves ({error}); save the adapter "
+            "again"
+        ) from None
+    return found
+
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def require_one_backbone(adapters: Sequence[Adapter]) -> None:
+    """Refuse adapters of different backbones.
+
+    Raises:
+        UsageError: names both.
+    """
+    first = adapters[0]
+    for other in adapters[1:]:
+        same = other.name == first.name and all(
+            other.backbone[part] == first.backbone[part] for part in ("image_size", "settings")
+        )
+        # The fingerprint covers what is frozen, in the precision in which it is stored.
+        comparable = other.backbone["dtype"] == first.backbone["dtype"]
+        if comparable and other.tuning == first.tuning:
+            same = same and other.backbone["fingerprint"] == first.backbone["fingerprint"]
+        if not same:
+            raise UsageError(
+                f"RUNS: got {other.folder}, an adapter for {_described(other)}, expected one for "
+                f"{_described(first)}, as {first.folder}; inspect it by itself"
+            )
+
+
+def _described(adapter: Adapter) -> str:
+    size = "x".join(map(str, adapter.backbone["image_size"])) or "any size"
+    return f"{adapter.name} at {size} (weights {str(adapter.backbone['fingerprint'])[:12]})"
+
+
+class Backbones:
+    """Creates fresh copies of the one backbone of an inspection."""
+
+    def __init__(self, name: str | None, weights: str, adapter: Adapter) -> None:
+        self.name = name or adapter.name
+        size = adapter.backbone["image_size"]
+        if name == "demo" or (name is None and _is_demo(adapter)):
+            self.name, self._model = "the demo's ViT", demo.load_backbone()
+            return
+        try:
+            options = {"image_size": int(size[0])} if size else {}
+            self._model, _ = load_backbone(self.name, weights, **options)
+        except UsageError as error:
+            raise UsageError(f"{error} (the adapter is for {_described(adapter)})") from None
+        self.name = ALIASES.get(self.name, self.name)
+
+    def fresh(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Return a copy that nobody has taken over."""
+        import copy
+
+        return copy.deepcopy(self._model).to(dtype)
+
+    def load(self, adapter: Adapter, option: str = "RUNS") -> tcpa.PromptedViT:
+        """Put an adapter on a copy; the model computes in float32, whatever it was trained in.
+
+        Raises:
+            UsageError: it is damaged, or for another backbone.
+        """
+        dtype = getattr(torch, adapter.backbone["dtype"])
+        try:
+            model = tcpa.from_pretrained(adapter.folder, backbone=self.fresh(dtype))
+        except (ValueError, TypeError, OSError, RuntimeError) as error:
+            text = str(error)
+            if text.startswith("backbone"):
+                raise UsageError(
+                    f"{option}: got {adapter.folder}, an adapter for {_described(adapter)}, "
+                    f"expected one for {self.name}, which was loaded ({text.partition(';')[0]}); "
+                    "name its own with --backbone and --weights"
+                ) from None
+            raise UsageError(f"{option}: {text}") from None
+        return model.float().eval()
+
+    def bare(self, like: tcpa.PromptedViT) -> tcpa.PromptedViT:
+        """Return the backbone without prompts."""
+        mean, std = like.normalization
+        return tcpa.wrap(self.fresh(), None, normalization=(mean, std)).eval()
+
+
+def _is_demo(adapter: Adapter) -> bool:
+    own = demo.load_backbone()
+    settings = json.loads(json.dumps(blocks.settings(own)))
+    return adapter.name == type(own).__name__ and adapter.backbone["settings"] == settings
+
+
+def load_subjects(
+    runs: Sequence[Path], checkpoints: Sequence[Path], backbone: str | None, weights: str
+) -> tuple[list[Subject], str]:
+    """Load runs and adapters, and the bare backbone after them.
+
+    Returns:
+        The subjects and the name of their backbone.
+
+    Raises:
+        UsageError: one cannot be had, or they are of different backbones.
+    """
+    adapters = [find_adapter(path) for path in runs]
+    earlier = [find_adapter(path, "--checkpoints") for path in checkpoints]
+    require_one_backbone([*adapters, *earlier])
+    backbones = Backbones(backbone, weights, adapters[0])
+    models = [backbones.load(adapter) for adapter in adapters]
+    names = _names(adapters, models)
+    subjects = []
+    for place, (adapter, model) in enumerate(zip(adapters, models, strict=True)):
+        states: list[State] = []
+        if place == 0:
+            states = [
+                State(epoch=number + 1, model=backbones.load(found, "--checkpoints"))
+                for number, found in enumerate(earlier)
+            ] or _kept(adapter, backbones)
+        result = finished_result(adapter.run) if adapter.run else None
+        accuracy = None if result is None else result["accuracy"]
+        subjects.append(
+            Subject(
+                name=names[place],
+                source=str(adapter.run or adapter.folder),
+                model=model,
+                states=states,
+                accuracy=accuracy,
+            )
+        )
+    bare = Subject(name=BARE, source="the backbone", model=backbones.bare(models[0]))
+    return [*subjects, bare], backbones.name
+
+
+def _kept(adapter: Adapter, backbones: Backbones) -> list[State]:
+    """Return the states that a run kept as checkpoints, oldest first."""
+    found = []
+    for name in (PREVIOUS, CURRENT) if adapter.run else ():
+        path = Path(adapter.run or "") / name
+        checkpoint = read_checkpoint(path) if path.exists() else ""
+        if isinstance(checkpoint, str):
+            continue
+        model = backbones.load(adapter)
+        values = {
+            key.removeprefix("model/"): value
+            for key, value in checkpoint.tensors.items()
+            if key.startswith("model/")
+        }
+        named = model.trainable_named_parameters()
+        if any(n not in values or values[n].shape != p.shape for n, p in named.items()):
+            continue
+        with torch.no_grad():
+            for key, parameter in named.items():
+                parameter.copy_(values[key])
+        found.append(State(epoch=float(checkpoint.state["epoch"]), model=model))
+    # Equal epochs: the run was saved in the middle of one, and once more.
+    return [state for place, state in enumerate(found) if place == 0 or _later(found, place)]
+
+
+def _later(found: list[State], place: int) -> bool:
+    return found[place].epoch > found[place - 1].epoch
+
+
+def _names(adapters: Sequence[Adapter], models: Sequence[tcpa.PromptedViT]) -> list[str]:
+    """Name models by their method, and by their folder too where two have the same."""
+    methods = [method_name(model) for model in models]
+    named = []
+    for adapter, method in zip(adapters, methods, strict=True):
+        folder = adapter.run or adapter.folder
+        repeated = methods.count(method) > 1
+        named.append(f"{method} ({folder.name})" if repeated else method)
+    if len(set(named)) < len(named):
+        named = [f"{name}, no. {place}" for place, name in enumerate(named, start=1)]
+    return named
+
+
+def method_name(model: tcpa.PromptedViT) -> str:
+    """Return a short name of what was put on the backbone."""
+    kind = type(model.config)
+    name = METHODS[kind](model.config) if kind in METHODS else kind.__name__.removesuffix("Config")
+    others = (model.input_config, model.tuning)
+    extra = [
+        type(part).__name__.removesuffix("Config").removesuffix("Tuning")
+        for part in others
+        if part is not None and type(part) is not tcpa.HeadTuning
+    ]
+    if extra and model.config is None:
+        return " + ".join(extra)
+    return " + ".join([name, *extra])
