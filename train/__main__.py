@@ -14,6 +14,7 @@ from .config import RecipesConfig, ReportConfig, RunConfig, SweepConfig
 from .data.commands import PrepareConfig, VerifyConfig
 from .demo.config import DemoConfig, PretrainConfig, TuneConfig
 from .engine.interruption import Interrupted
+from .inspect.config import InspectConfig
 from .search.config import SearchConfig
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
@@ -21,6 +22,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "sweep": (SweepConfig, ".sweep", "sweep"),
     "search": (SearchConfig, ".search.command", "search"),
     "report": (ReportConfig, ".report.command", "report"),
+    "inspect": (InspectConfig, ".inspect.run", "run_inspect"),
     "recipes": (RecipesConfig, ".recipes", "print_recipes"),
     "data prepare": (PrepareConfig, ".data.commands", "run_prepare"),
     "data verify": (VerifyConfig, ".data.commands", "run_verify"),
