@@ -29,6 +29,8 @@ GRID += "of its grids"
 UNPUBLISHED = "unpublished; those of vfpt+tcpa were taken"
 BACKBONE = "its source uses the original JAX weights of the ViT-B/16"
 
+GOLDEN = "outputs and gradients of the official TCPA code, kept in tests/golden"
+
 Prompts = Callable[[str], tcpa.PromptConfig | None]
 
 
@@ -175,6 +177,7 @@ METHODS: dict[str, Method] = {
         label="LION",
         source="its abstract (AAAI 2024); no code is public",
         input_prompt=tcpa.LIONConfig(critical_share=0.9),
+        verified="nothing: there is no code to compare with",
         note="unverified: equations and hyper-parameters were not at hand; the layers are ours, "
         f"and the hyper-parameters {UNPUBLISHED}",
     ),
@@ -210,6 +213,7 @@ METHODS: dict[str, Method] = {
         tuning=PRIOR,
         training=vpt_sgd(),
         note=f"{GRID}, and so is the prompt length of 10; {BACKBONE}",
+        verified=f"{GOLDEN}, its Fourier transform taken out",
     ),
     "dam-vp": Method(
         label="DAM-VP",
@@ -248,6 +252,7 @@ METHODS: dict[str, Method] = {
         source=f"{TCPA} (models/VFPT.py)",
         prompts=always(token_prompts(fourier=True)),
         note=f"hyper-parameters of vfpt are {UNPUBLISHED}; runtsang/VFPT itself takes VPT's grids",
+        verified=GOLDEN,
     ),
     "vp+tcpa": Method(
         label="VP+TCPA",
@@ -261,6 +266,7 @@ METHODS: dict[str, Method] = {
         source=f"{TCPA}, without the Fourier transform",
         prompts=coordinated("identity"),
         note=f"hyper-parameters of vpt+tcpa are {UNPUBLISHED}",
+        verified=f"{GOLDEN}, its Fourier transform taken out",
     ),
     "dam-vp+tcpa": Method(
         label="DAM-VP+TCPA",
@@ -280,7 +286,7 @@ METHODS: dict[str, Method] = {
         label="VFPT+TCPA",
         source=f"{TCPA} (sh/VFPT_TCPA_*.sh)",
         prompts=coordinated("fourier"),
-        verified="the official code, on golden files",
+        verified=GOLDEN,
     ),
 }
 """Method -> its row, in the order of the tables."""

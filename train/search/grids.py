@@ -44,7 +44,7 @@ def grid_of(config: SearchConfig, usual: Recipe) -> Grid:
     Raises:
         UsageError: nobody has published a grid for the method, and none was given.
     """
-    rates, decays, source = _published(usual)
+    rates, decays, source = published(usual)
     if not rates and config.learning_rates is None:
         raise _unpublished(usual, "--learning-rates")
     if not decays and config.weight_decays is None:
@@ -63,8 +63,11 @@ def grid_of(config: SearchConfig, usual: Recipe) -> Grid:
     )
 
 
-def _published(usual: Recipe) -> tuple[list[float], list[float], str]:
-    """Return rates at the batch size, decays, and their source."""
+def published(usual: Recipe) -> tuple[list[float], list[float], str]:
+    """Return the rates at the batch size and the decays that a search tries, and their source.
+
+    Both are empty where the method's source publishes no grid.
+    """
     row, _ = decompose(usual.method)
     if METHODS[row].training is None:
         rates = {script.learning_rate for script in SCRIPTS.values()}
