@@ -9,18 +9,38 @@ from ...cli import require
 MAX_SEED = 2**63 - 1
 """The largest seed that torch takes."""
 
+EPOCHS, ROW_EPOCHS = 20, 5
+"""Passes over the training images: of the demo's three methods, of the rows of the tables."""
+
+MAX_FOLDS = 4
+"""Folds of the training images."""
+
+
+def _set_defaults(config: object, **values: object) -> None:
+    """Give values to what was not asked for."""
+    for name, value in values.items():
+        if getattr(config, name) is None:
+            object.__setattr__(config, name, value)
+
 
 def _require_count(name: str, value: int) -> None:
     require(value >= 1, name, value, "an integer of 1 or more", "ask for at least one")
 
 
-def _require_different(name: str, values: Sequence[float], usable: bool, what: str) -> None:
+def _require_different(name: str, values: Sequence[object], usable: bool, what: str) -> None:
     """Check a list of settings; `usable` says whether each of them is one of `what`."""
     require(len(values) > 0, name, "no value", f"different {what}", f"leave {name} out or give one")
     shown = ", ".join(map(str, values))
     require(
         usable and len(set(values)) == len(values), name, shown, f"different {what}", "change them"
     )
+
+
+def _require_methods(methods: tuple[str, ...] | None) -> None:
+    """Check a list of rows as far as that needs no registry."""
+    if methods is not None:
+        usable = all(methods)
+        _require_different("--methods", methods, usable, "names of rows, or all")
 
 
 def _require_seeds(seeds: tuple[int, ...]) -> None:
@@ -33,13 +53,18 @@ class DemoConfig:
     """Compare linear probe, VPT-deep and TCPA on 1,797 handwritten digits, in about two minutes."""
 
     output: Path = Path("demo_output")
-    """Folder for metrics, figures and the TCPA adapter; an earlier demo in it is replaced."""
+    """Folder for metrics, figures and the TCPA adapter; an earlier demo in it is replaced. With
+    --methods: metrics and the table, as methods.md and methods.csv."""
+
+    methods: tuple[str, ...] | None = None
+    """Rows of the paper's tables to compare in place of the three, by the names of `tcpa-train
+    run`, or all; all take about ten minutes on two CPU cores."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of every method per seed; a seed decides initial values and order of the images."""
 
-    epochs: int = 20
-    """Passes over the training images."""
+    epochs: int | None = None
+    """Passes over the training images; by default 20, and 5 with --methods, as in their tuning."""
 
     device: str = "auto"
     """Where to train: auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
@@ -48,8 +73,16 @@ class DemoConfig:
     """Only see that all works: one seed, two epochs, 300 images. The figures mean nothing."""
 
     def __post_init__(self) -> None:
-        _require_count("--epochs", self.epochs)
+        _set_defaults(self, epochs=ROW_EPOCHS if self.methods else EPOCHS)
+        _require_count("--epochs", self.num_epochs)
         _require_seeds(self.seeds)
+        _require_methods(self.methods)
+
+    @property
+    def num_epochs(self) -> int:
+        """Passes over the training images."""
+        assert self.epochs is not None
+        return self.epochs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,29 +92,72 @@ class TuneConfig:
     The test images are not used. About a quarter of an hour on two CPU cores.
     """
 
-    output: Path = Path("tuned.json")
-    """File to write: accuracies of the whole grid, and the best pair of every method."""
+    output: Path | None = None
+    """File to write: accuracies of the whole grid, and the best pair of every method; by default
+    tuned.json. With --methods tuned_rows.json: what it already holds of them is kept."""
 
-    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
-    """Learning rates to try, peaks of the schedule."""
+    methods: tuple[str, ...] | None = None
+    """Rows of the paper's tables to tune in place of the three methods, or all: first the rates
+    with the smallest decay, then the other decays with the best rate."""
+
+    learning_rates: tuple[float, ...] | None = None
+    """Learning rates to try, peaks of the schedule; by default 0.01, 0.03, 0.1 and 0.3, with
+    --methods 0.001, 0.005, 0.02 and 0.1."""
 
     weight_decays: tuple[float, ...] = (0.0001, 0.5)
     """Weight decays to try with every learning rate; the official recipe for CUB has 0.5."""
 
-    epochs: int = 20
-    """Passes over the training images, as in the demo."""
+    folds: int | None = None
+    """Folds of the training images to measure on, the last ones in the file; by default all 4, and
+    1 with --methods."""
+
+    epochs: int | None = None
+    """Passes over the training images, as in the demo: by default 20, with --methods 5."""
 
     device: str = "auto"
     """Where to train: auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
 
     def __post_init__(self) -> None:
-        _require_count("--epochs", self.epochs)
-        usable = all(0 < rate < 10 for rate in self.learning_rates)
+        if self.methods is None:
+            _set_defaults(self, output=Path("tuned.json"), learning_rates=(0.01, 0.03, 0.1, 0.3))
+            _set_defaults(self, folds=MAX_FOLDS, epochs=EPOCHS)
+        else:
+            _set_defaults(self, output=Path("tuned_rows.json"), folds=1, epochs=ROW_EPOCHS)
+            _set_defaults(self, learning_rates=(0.001, 0.005, 0.02, 0.1))
+        _require_methods(self.methods)
+        _require_count("--epochs", self.num_epochs)
+        folds, remedy = self.num_folds, "leave it out for the default"
+        require(1 <= folds <= MAX_FOLDS, "--folds", folds, f"1 to {MAX_FOLDS}", remedy)
+        usable = all(0 < rate < 10 for rate in self.rates)
         name, what = "--learning-rates", "numbers between 0 and 10"
-        _require_different(name, self.learning_rates, usable, what)
+        _require_different(name, self.rates, usable, what)
         usable = all(0 <= decay < 10 for decay in self.weight_decays)
         name, what = "--weight-decays", "numbers from 0 to less than 10"
         _require_different(name, self.weight_decays, usable, what)
+
+    @property
+    def file(self) -> Path:
+        """File to write."""
+        assert self.output is not None
+        return self.output
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates to try."""
+        assert self.learning_rates is not None
+        return self.learning_rates
+
+    @property
+    def num_epochs(self) -> int:
+        """Passes over the training images."""
+        assert self.epochs is not None
+        return self.epochs
+
+    @property
+    def num_folds(self) -> int:
+        """Folds to measure on."""
+        assert self.folds is not None
+        return self.folds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

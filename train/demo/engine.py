@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 
 import tcpa
 
+from ..engine.robust import keep_critical
 from .backbone import NORMALIZATION, autocast, load_backbone
 from .data import NUM_CLASSES
 
@@ -27,6 +28,8 @@ class Method:
     prompts: tcpa.PromptConfig | None
     learning_rate: float
     weight_decay: float
+    input_prompt: tcpa.InputConfig | None = None
+    tuning: tcpa.TuningConfig = field(default_factory=tcpa.HeadTuning)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,28 @@ def predict(model: tcpa.PromptedViT, images: Tensor) -> Tensor:
         return torch.cat([model(x).argmax(1) for x in images.split(256)])
 
 
+def wrap_backbone(
+    prompts: tcpa.PromptConfig | None,
+    input_prompt: tcpa.InputConfig | None,
+    tuning: tcpa.TuningConfig,
+) -> tcpa.PromptedViT:
+    """Put three choices on a fresh copy of the shipped backbone.
+
+    Raises:
+        ValueError: they cannot be put on it; the message says why.
+    """
+    return tcpa.wrap(
+        load_backbone(),
+        prompts,
+        input_prompt=input_prompt,
+        tuning=tuning,
+        num_classes=NUM_CLASSES,
+        normalization=NORMALIZATION,
+        # No images of ours are among those that a side network's weights come from.
+        load_weights=False,
+    )
+
+
 def train_method(
     method: Method, split: Split, *, seed: int, epochs: int, on_epoch: Callable[[Epoch], None]
 ) -> tcpa.PromptedViT:
@@ -76,12 +101,16 @@ def train_method(
 
     The seed decides the initial prompts and head, dropout, and the order of the images. The test
     images are only looked at, every fifth epoch and after the last; nothing is chosen by them.
+
+    Raises:
+        ValueError: the method cannot be put on the backbone.
     """
     device = split.train_images.device
     torch.manual_seed(seed)
-    model = tcpa.wrap(
-        load_backbone(), method.prompts, num_classes=NUM_CLASSES, normalization=NORMALIZATION
-    ).to(device)
+    model = wrap_backbone(method.prompts, method.input_prompt, method.tuning).to(device)
+    if isinstance(method.input_prompt, tcpa.DAMVPConfig):
+        with autocast(device):
+            model.fit_clusters(split.train_images)
     optimizer = torch.optim.AdamW(
         model.trainable_parameters(), method.learning_rate, weight_decay=method.weight_decay
     )
@@ -97,7 +126,7 @@ def train_method(
         loss, hits = _train_epoch(model, split, optimizer, schedule, order)
         seconds = time.perf_counter() - start
         measured = (epoch + 1) % 5 == 0 or epoch + 1 == epochs
-        test = _test(model, split) if measured else None
+        test = measure(model, split) if measured else None
         on_epoch(Epoch(method.name, seed, epoch + 1, loss, hits, test, seconds))
     return model
 
@@ -114,6 +143,9 @@ def _train_epoch(model, split, optimizer, schedule, order) -> tuple[float, float
         loss = F.cross_entropy(logits.float(), labels) + match_weight * distance
         optimizer.zero_grad()
         loss.backward()
+        if isinstance(model.input_config, tcpa.LIONConfig):
+            prompts = [*model.input_prompt.parameters(), *model.feature_prompt.parameters()]
+            keep_critical(prompts, model.input_config.critical_share)
         optimizer.step()
         schedule.step()
         total += loss.detach() * len(labels)
@@ -122,7 +154,7 @@ def _train_epoch(model, split, optimizer, schedule, order) -> tuple[float, float
     return float(total) / count, 100 * float(hits) / count
 
 
-def _test(model: tcpa.PromptedViT, split: Split) -> float:
+def measure(model: tcpa.PromptedViT, split: Split) -> float:
     """Return the share of test images that the model reads rightly, in percent."""
     right = predict(model, split.test_images) == split.test_labels
     return 100 * int(right.sum()) / len(right)

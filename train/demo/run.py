@@ -33,14 +33,18 @@ WRITTEN = f"metrics.jsonl, curves.png, selection.png and {ADAPTER}"
 
 def run_demo(config: DemoConfig) -> list[Row]:
     """Train all methods for all seeds, print the table, write the output folder."""
+    if config.methods is not None:
+        from .compare import run_rows
+
+        return run_rows(config)
     if config.quick:
         config = replace(config, seeds=config.seeds[:1], epochs=2)
     start = time.perf_counter()
     device = choose_device(config.device)
     tasks = make_tasks(config, device)
-    metrics = prepare_output(config.output, _header(config, device, tasks))
+    metrics = prepare_output(config.output, header(config, device, tasks))
     records: list[Epoch] = []
-    with Reporter(len(tasks) * config.epochs, config.epochs) as reporter:
+    with Reporter(len(tasks) * config.num_epochs, config.num_epochs) as reporter:
 
         def on_epoch(record: Epoch) -> None:
             records.append(record)
@@ -54,7 +58,7 @@ def run_demo(config: DemoConfig) -> list[Row]:
     records.sort(key=lambda r: (names.index(r.method), config.seeds.index(r.seed), r.epoch))
     draw_curves(records, config.output / "curves.png")
     _draw_selection(config.output, split, device)
-    rows = [_summarise(name, tasks, outcomes, records) for name in names]
+    rows = [summarise(name, tasks, outcomes, records) for name in names]
     for row in rows:
         append_line(metrics, {"kind": "summary", **asdict(row), "mean": row.mean})
     reporter.console.print(table(rows))
@@ -76,7 +80,7 @@ def make_tasks(config: DemoConfig, device: torch.device) -> list[Task]:
         Task(
             method=method,
             seed=seed,
-            epochs=config.epochs,
+            epochs=config.num_epochs,
             device=device,
             part=part,
             save_to=config.output / ADAPTER if (method, seed) == last else None,
@@ -109,7 +113,7 @@ def _draw_selection(folder: Path, split: Split, device: torch.device) -> None:
     draw_selection(pixels.numpy(), captions, gates, folder / "selection.png")
 
 
-def _summarise(name: str, tasks: list[Task], outcomes: list[Outcome], records: list[Epoch]) -> Row:
+def summarise(name: str, tasks: list[Task], outcomes: list[Outcome], records: list[Epoch]) -> Row:
     """Gather the table's row of a method; accuracies in the order of the seeds."""
     own = [record for record in records if record.method == name]
     last = max(record.epoch for record in own)
@@ -160,7 +164,7 @@ def _notes(
     ]
 
 
-def _header(config: DemoConfig, device: torch.device, tasks: list[Task]) -> dict:
+def header(config: DemoConfig, device: torch.device, tasks: list[Task]) -> dict:
     """Describe the run for the first line of the metrics."""
     return {
         "seeds": config.seeds,

@@ -29,19 +29,23 @@ Pair = tuple[float, float]
 
 def tune(config: TuneConfig) -> Path:
     """Train the whole grid and write the record."""
+    if config.methods is not None:
+        from .tune_rows import tune_rows
+
+        return tune_rows(config)
     device = choose_device(config.device)
-    require_writable(config.output)
+    require_writable(config.file)
     tasks = make_grid(config, device)
     final: dict[str, list[float]] = {}
-    with Reporter(len(tasks) * config.epochs, config.epochs, "held-out fold") as reporter:
+    with Reporter(len(tasks) * config.num_epochs, config.num_epochs, "held-out fold") as reporter:
 
         def on_epoch(record: Epoch) -> None:
             reporter.epoch(record)
-            if record.epoch == config.epochs and record.test_accuracy is not None:
+            if record.epoch == config.num_epochs and record.test_accuracy is not None:
                 final.setdefault(record.method, []).append(record.test_accuracy)
 
         run_tasks(tasks, on_epoch)
-    pairs = sorted(product(config.learning_rates, config.weight_decays))
+    pairs = sorted(product(config.rates, config.weight_decays))
     means = {
         name: {pair: statistics.fmean(final[run_name(name, pair)]) for pair in pairs}
         for name in PROMPTS
@@ -58,17 +62,16 @@ def tune(config: TuneConfig) -> Path:
             name: [[*pair, accuracy] for pair, accuracy in by_pair.items()]
             for name, by_pair in means.items()
         },
-        **{key: value for key, value in asdict(config).items() if key != "output"},
-        "folds": len(FOLDS),
+        **{key: value for key, value in asdict(config).items() if key not in ("output", "methods")},
         "device": str(device),
         "torch": torch.__version__,
     }
-    write_results(config.output, json.dumps(record, indent=2) + "\n", "--output")
+    write_results(config.file, json.dumps(record, indent=2) + "\n", "--output")
     for name, pair in chosen.items():
         accuracy = means[name][pair]
         reporter.console.print(f"{run_name(name, pair)} ({accuracy:.1f} % on held-out folds)")
-    reporter.console.print(f"wrote {config.output}")
-    return config.output
+    reporter.console.print(f"wrote {config.file}")
+    return config.file
 
 
 def make_grid(config: TuneConfig, device: torch.device) -> list[Task]:
@@ -81,13 +84,18 @@ def make_grid(config: TuneConfig, device: torch.device) -> list[Task]:
             weight_decay=decay,
         )
         for name, prompts in PROMPTS.items()
-        for rate, decay in product(config.learning_rates, config.weight_decays)
+        for rate, decay in product(config.rates, config.weight_decays)
     ]
     return [
-        Task(method=method, seed=seed, epochs=config.epochs, device=device, part=part)
+        Task(method=method, seed=seed, epochs=config.num_epochs, device=device, part=part)
         for method in methods
-        for seed, part in enumerate(FOLDS)
+        for seed, part in enumerate(measured_on(config))
     ]
+
+
+def measured_on(config: TuneConfig) -> tuple[str, ...]:
+    """Return the folds to measure on: the last ones, which are nearest to the test images."""
+    return FOLDS[-config.num_folds :]
 
 
 def run_name(method: str, pair: Pair) -> str:
