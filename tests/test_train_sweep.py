@@ -321,7 +321,7 @@ def test_runs_may_save_when_a_sweep_is_stopped(number, stand_in, tmp_path, monke
         sweep(SweepConfig(datasets=("dtd", "cub"), output=tmp_path / "runs", **OPTIONS))
     assert caught.value.status == 128 + number and signal.getsignal(number) is before
     assert Path("saved").exists() and not list(tmp_path.glob("runs/cub/**/log.txt"))
-    assert "stopping 1 run, which save" in capsys.readouterr().out
+    assert "stopping 1 run once the step is done and saved" in capsys.readouterr().out
     with pytest.raises(ProcessLookupError):
         os.kill(int(Path("pid").read_text()), 0)
 

@@ -135,10 +135,11 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
         print_runs(*read_runs(done), console)
     if failed:
         first, reason = failed[0]
-        log = f"; see {first.folder / LOG}" if (first.folder / LOG).exists() else ""
+        if (first, reason) not in damaged:
+            reason = f"{first.folder} ({reason}; see {first.folder / LOG})"
         raise UsageError(
-            f"{len(failed)} of {len(jobs)} runs failed, the first of them {first.folder} "
-            f"({reason}{log}); run the same command again to go on with them"
+            f"{len(failed)} of {len(jobs)} runs failed, the first of them: {reason}; run the same "
+            "command again to go on with them"
         )
     return [found for job in jobs if (found := job.result()) is not None]
 
@@ -232,8 +233,8 @@ def carry_out(jobs: list[Job], devices: list[Device], console: Console) -> list[
             count = running.stop()
             if count:
                 console.print(
-                    f"stopping {_runs(count)}, which save after their step; once more to end them "
-                    "at once"
+                    f"stopping {_runs(count)} once the step is done and saved; again to stop at "
+                    "once"
                 )
             raise
     return failed
