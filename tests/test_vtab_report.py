@@ -132,6 +132,34 @@ def test_copies_get_no_delta_and_share_no_mean_with_originals(tmp_path) -> None:
     assert "EuroSAT have several results" in overview_vtab(groups, names).notes[0]
 
 
+def edit_recipe(folder, **changes) -> None:
+    path = folder / "config.json"
+    found = json.loads(path.read_text())
+    found["recipe"] |= changes
+    path.write_text(json.dumps(found))
+
+
+def test_what_searches_chose_is_one_setting(tmp_path) -> None:
+    tasks = GROUPS["specialized"]
+    write_tasks(tmp_path, tasks)
+    groups, _ = groups_of(tmp_path)
+    usual = groups[0].setting
+    for number, folder in enumerate(sorted(path.parent for path in tmp_path.rglob("config.json"))):
+        edit_recipe(folder, learning_rate=1.0 + number, weight_decay=0.5, rate_batch=0)
+    groups, _ = groups_of(tmp_path)
+    assert len({group.setting for group in groups}) == 4, "given by hand, one by one"
+    for folder in (path.parent for path in tmp_path.rglob("config.json")):
+        edit_recipe(folder, chosen="grid of KMnP/vpt 4410440")
+    groups, _ = groups_of(tmp_path)
+    (setting,) = {group.setting for group in groups}
+    assert setting != usual
+    assert (
+        "rate and decay chosen on validation images (grid of KMnP/vpt 4410440)" in setting.changes
+    )
+    (mean,) = means_of(groups)
+    assert mean.mean == 50.0
+
+
 def test_trials_of_a_search_are_not_counted(tmp_path) -> None:
     folder = write_run(tmp_path, (70.0,), dataset="vtab-dtd", method="linear", protocol="tune")
     path = folder / "metrics.jsonl"

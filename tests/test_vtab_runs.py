@@ -28,6 +28,7 @@ def test_two_epochs_of_a_task_of_each_group(name, tmp_path) -> None:
     result = run(config_of(name, tmp_path, method="linear"))
     assert (result.protocol, result.chosen_on, result.epoch) == ("last", None, 2)
     assert (result.train_images, result.test_images) == (24, 12), "800 and 200 together"
+    assert result.source == ("jpeg" if kind == "jpg" else "original")
     (folder,) = (tmp_path / "runs").glob("*/*/*")
     (start,) = json.loads((folder / "environment.json").read_text())
     data = start["data"]

@@ -65,6 +65,8 @@ class Result:
     versions: dict[str, str]
     measured_on: str = "test"
     """Split of `accuracy`: "val" for protocol tune, which never reads the test images."""
+    source: str = ""
+    """What the images of VTAB-1k are: "original", "jpeg" (lossy copies) or "unclear"."""
 
 
 def read_result(folder: Path, values: dict[str, Any]) -> Result:
@@ -130,6 +132,7 @@ def finish(
             note=settings.note,
             versions=versions(),
             measured_on=measured_on,
+            source=loop.splits.record.get("train", {}).get("source", {}).get("kind", ""),
         )
         _write(folder, built.model, result)
     shared: Any = loop.world.share(None if result is None else asdict(result))

@@ -98,7 +98,7 @@ def method_cost(recipe: Recipe, backbone: str, classes: int, image_size: int | N
 
 @cache
 def _backbone(name: str, image_size: int | None) -> nn.Module:
-    options = {} if image_size is None else {"img_size": image_size}
+    options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     with torch.device("meta"):
         return timm.create_model(ALIASES.get(name, name), num_classes=0, **options)
 

@@ -71,17 +71,23 @@ def read_choice(folder: Path, dataset: str, method: str) -> Choice:
             f"--choices: got {folder} without {path.relative_to(folder)}, expected the choice of a "
             f"finished search; run `tcpa-train search {method} {dataset} --output {folder}`"
         )
-    try:
-        choice = Choice(**found)
-        usable = float(choice.learning_rate) > 0 and float(choice.weight_decay) >= 0
-    except (TypeError, ValueError) as error:
-        usable, found = False, error
-    if not usable or (choice.dataset, choice.method) != (dataset, method):
+    choice = _as_choice(found)
+    if choice is None or (choice.dataset, choice.method) != (dataset, method):
         raise UsageError(
             f"{path}: got a file that is no choice for {method} on {dataset}, expected one that "
             "`tcpa-train search` wrote; repeat the search, which writes it again"
         )
     return choice
+
+
+def _as_choice(found: Any) -> Choice | None:
+    """Return what a file holds as a choice; None if it is none."""
+    try:
+        choice = Choice(**found)
+        usable = float(choice.learning_rate) > 0 and float(choice.weight_decay) >= 0
+    except (TypeError, ValueError):
+        return None
+    return choice if usable else None
 
 
 def conditions_of(description: dict[str, Any]) -> dict[str, Any]:
