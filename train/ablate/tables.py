@@ -65,6 +65,8 @@ def protocol(config: AblateConfig) -> str:
     if config.recipe != DEMO:
         epoch = EPOCH_OF[config.protocol]
         return f"Protocol {config.protocol}: accuracy on validation images, after {epoch}.{tested}"
+    if config.quick:
+        return f"Protocol {config.protocol}: trained on 100 digits, accuracy on 200 others."
     return (
         f"Protocol {config.protocol}: trained on 750 of the 1,000 training images of the digits, "
         "accuracy on the other 250 (another fold for every seed) after the last epoch. Rate and "
