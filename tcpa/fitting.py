@@ -87,10 +87,12 @@ class Fitting(nn.Module):
 
     def _cluster_prompt(self) -> ClusterFramePrompt:
         prompt = self.input_prompt
-        clustered = isinstance(prompt, ClusterFramePrompt)
-        got = type(prompt).__name__ if prompt is not None else "None"
-        remedy = "wrap with input_prompt=DAMVPConfig()"
-        require(clustered, "input_prompt", got, "the frames of DAM-VP", remedy)
+        if not isinstance(prompt, ClusterFramePrompt):
+            got = type(prompt).__name__
+            raise ValueError(
+                f"input_prompt: got {got}, expected the frames of DAM-VP; wrap with "
+                "input_prompt=DAMVPConfig()"
+            )
         return prompt
 
     @torch.no_grad()

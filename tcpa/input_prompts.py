@@ -83,6 +83,7 @@ class ClusterFramePrompt(FramePrompt):
         prototypes: `[J, C]`, the mean feature of each cluster; NaN before `fit`.
     """
 
+    config: DAMVPConfig
     prototypes: Tensor
 
     def __init__(
@@ -109,7 +110,6 @@ class ClusterFramePrompt(FramePrompt):
             ValueError: they make fewer than two clusters, or are too few.
         """
         config = self.config
-        assert isinstance(config, DAMVPConfig)
         found = cluster_features(
             features, num_clusters=config.num_clusters, threshold=config.distance_threshold
         )
@@ -149,11 +149,13 @@ class ClusterFramePrompt(FramePrompt):
         difference = features.to(exact)[:, None] - self.prototypes.to(exact)
         return difference.square().sum(-1).argmin(1)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *args: Any, **options: Any
+    ) -> None:
         found = state_dict.get(f"{prefix}prototypes")
         if isinstance(found, Tensor) and found.ndim == 2:
             self.resize(len(found))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
         self.find_fitted()
 
     def find_fitted(self) -> None:
@@ -237,8 +239,11 @@ def image_size(backbone: Any) -> tuple[int, int]:
         ValueError: it takes images of any size.
     """
     size = getattr(backbone.patch_embed, "img_size", None)
-    remedy = "create the backbone with img_size=..."
-    require(size is not None, "input_prompt", "a backbone without image size", "one", remedy)
+    if size is None:
+        raise ValueError(
+            "input_prompt: got a backbone without image size, expected one with it; create it with "
+            "img_size=..."
+        )
     return tuple(size)
 
 

@@ -40,8 +40,8 @@ class OutputMapping(nn.Module):
             index = torch.full((num_classes, config.sources), -1)
         self.register_buffer("index", index)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)
         self.find_fitted()
 
     def find_fitted(self) -> None:

@@ -1,7 +1,7 @@
 """The modules that a model puts on its backbone, made from the three choices."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -111,14 +111,14 @@ def require_sensible(
         TypeError: a choice is of the wrong type.
         ValueError: two choices, or a choice and the backbone, make no sense; the message says why.
     """
-    for name, value, kinds in (
-        ("config", config, PromptConfig),
-        ("input_prompt", input_prompt, InputConfig),
-        ("tuning", tuning, HeadTuning),
-    ):
+    choices: tuple[tuple[str, object, tuple[type, ...]], ...] = (
+        ("config", config, get_args(PromptConfig)),
+        ("input_prompt", input_prompt, get_args(InputConfig)),
+        ("tuning", tuning, (HeadTuning,)),
+    )
+    for name, value, kinds in choices:
         if value is not None and not isinstance(value, kinds):
-            names = [kind.__name__ for kind in getattr(kinds, "__args__", (kinds,))]
-            got, expected = type(value).__name__, ", ".join(names)
+            got, expected = type(value).__name__, ", ".join(kind.__name__ for kind in kinds)
             raise TypeError(f"{name}: got {got}, expected {expected} or None; create one")
     kind = type(tuning).__name__
     if isinstance(tuning, TRAINS_BACKBONE):

@@ -2,7 +2,7 @@
 from which several methods come."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +59,7 @@ class Training:
     weight_decay_grid: tuple[float, ...] = ()
 
 
-PLAIN = {"mixup_alpha": 0.0, "mix_prob": 0.0, "label_smoothing": 0.0}
+PLAIN: dict[str, Any] = {"mixup_alpha": 0.0, "mix_prob": 0.0, "label_smoothing": 0.0}
 """No mixing: one label an image."""
 
 SGD_RATES = (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
@@ -68,10 +68,10 @@ ADAM_RATES = (0.001, 0.0001, 0.0005, 0.005)
 HEAD_BIAS = Group(pattern=r"^backbone\.head(_dist)?\.(\d+\.)?bias$", weight_decay=0.0)
 
 
-def vpt_sgd(**changes: object) -> Training:
+def vpt_sgd(**changes: Any) -> Training:
     """The VPT repository's SGD (KMnP/vpt): a grid of rates for batches of 256, warm-up of 10 of 100
     epochs, cosine per epoch, no weight decay on the head's bias, no mixing."""
-    settings: dict = {
+    settings: dict[str, Any] = {
         "optimizer": "SGD",
         "momentum": 0.9,
         "learning_rate": 1.0,
@@ -87,9 +87,9 @@ def vpt_sgd(**changes: object) -> Training:
     return Training(**settings | changes)
 
 
-def vpt_adamw(**changes: object) -> Training:
+def vpt_adamw(**changes: Any) -> Training:
     """The VPT repository's AdamW, for what trains weights of the backbone or modules in it."""
-    settings: dict = {
+    settings: dict[str, Any] = {
         "optimizer": "AdamW",
         "learning_rate": 0.001,
         "rate_batch": 256,
@@ -104,10 +104,10 @@ def vpt_adamw(**changes: object) -> Training:
     return Training(**settings | changes)
 
 
-def dam_vp_sgd(**changes: object) -> Training:
+def dam_vp_sgd(**changes: Any) -> Training:
     """DAM-VP's head-tuning (shikiw/DAM-VP): SGD, prompts and head with rates of their own, warm-up
     of a fifth and cosine per step, no mixing."""
-    settings: dict = {
+    settings: dict[str, Any] = {
         "optimizer": "SGD",
         "momentum": 0.9,
         "learning_rate": 1.0,

@@ -138,7 +138,9 @@ def save_meta_prompt(strips: Sequence[Tensor], path: Path) -> None:
             f"{path}: got NaN or infinity in the meta-prompt, expected finite values; train with a "
             "lower learning rate"
         )
-    named = {name: v.detach().cpu().contiguous() for name, v in zip(STRIPS, strips, strict=True)}
+    # Strips that share memory would be refused; clones also make views contiguous.
+    pairs = zip(STRIPS, strips, strict=True)
+    named = {name: strip.detach().cpu().clone().contiguous() for name, strip in pairs}
     write_whole(path, save(named, {"format": FORMAT}))
 
 
