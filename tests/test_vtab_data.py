@@ -72,6 +72,16 @@ def test_wrong_counts_of_every_task_are_named(name, tmp_path) -> None:
     ]
 
 
+def test_all_tasks_are_verified_together(tmp_path, capsys) -> None:
+    write_task(WHOLE, tmp_path, counts=(800, 200, 711), size=(6, 4))
+    write_task("vtab-dtd", tmp_path, counts=(4, 2, 3), size=(8, 8))
+    assert main(["data", "verify", "vtab", "--data", str(tmp_path), "--no-images"]) == 2
+    printed = capsys.readouterr()
+    assert "vtab-kitti: each of 1,711 images of 4 classes is there" in printed.out
+    assert "got vtab-dtd with 4 differences" in printed.err
+    assert printed.err.count("got no such folder") == 17, "every other task is named"
+
+
 def test_a_broken_list_is_the_only_problem(tmp_path) -> None:
     folder = write_task("vtab-dmlab", tmp_path)
     (folder / "val200.txt").unlink()

@@ -132,6 +132,19 @@ def test_copies_get_no_delta_and_share_no_mean_with_originals(tmp_path) -> None:
     assert "EuroSAT have several results" in overview_vtab(groups, names).notes[0]
 
 
+def test_methods_stand_in_the_order_of_the_table(tmp_path) -> None:
+    methods = ["vpt-deep", "full", "vp+tcpa", "vp", "vpt-shallow"]
+    for method in methods:
+        write_tasks(tmp_path, ["vtab-dtd"], method=method)
+    groups, _ = groups_of(tmp_path)
+    found = [group.setting.method for group in groups]
+    assert found == ["full", "vp", "vp+tcpa", "vpt-deep", "vpt-shallow"]
+    shown = overview_vtab(groups, names_of([group.setting for group in groups]))
+    first = [row[0].partition(",")[0] for row in shown.rows]
+    assert first == ["Full", "full", "VP", "vp", "VP+TCPA", "vp+tcpa", "VPT", "vpt-deep",
+                     "vpt-shallow"]  # fmt: skip
+
+
 def edit_recipe(folder, **changes) -> None:
     path = folder / "config.json"
     found = json.loads(path.read_text())

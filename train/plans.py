@@ -7,7 +7,7 @@ import tcpa
 
 from ..cli import require
 from .data.splits import NAMES, OFFICIAL_SEED
-from .data.vtab_tasks import GROUPS, SEEDS, TASKS
+from .data.vtab_tasks import ALL_TASKS, GROUPS, SEEDS, TASKS
 from .recipes import PUBLISHED_METHOD
 from .registry import METHODS
 from .report.paper import ROWS, table
@@ -15,7 +15,7 @@ from .report.paper_vtab import table2
 
 SETS: dict[str, Sequence[str]] = {
     "hta": tcpa.HTA_DATASETS,
-    "vtab": tuple(TASKS),
+    ALL_TASKS: tuple(TASKS),
     **{f"vtab-{group}": tasks for group, tasks in GROUPS.items()},
 }
 """Name -> datasets."""

@@ -4,12 +4,13 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 from ...cli import UsageError
 from ..config import Positional
+from .vtab_tasks import ALL_TASKS, TASKS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,8 +18,8 @@ class PrepareConfig:
     """Fetch a dataset, check it and unpack it; what is there already is not fetched again."""
 
     name: Annotated[str, Positional]
-    """dtd, cub, nabirds, stanford_dogs, flower102, food101, cifar100, cifar10, gtsrb or svhn; or a
-    task of VTAB-1k, vtab-dtd for instance, all of which come in one archive."""
+    """dtd, cub, nabirds, stanford_dogs, flower102, food101, cifar100, cifar10, gtsrb, svhn, a task
+    of VTAB-1k (vtab-dtd for instance), or vtab for all tasks, which come in one archive."""
 
     data: Path = Path("data")
     """Folder of all datasets. Archives are kept in its folder archives/NAME; what you put there
@@ -56,14 +57,15 @@ def run_prepare(config: PrepareConfig) -> None:
     """
     from .prepare import prepare
 
-    with _bar("bytes", transfer=True) as show:
-        prepare(
-            config.name,
-            config.data,
-            mirror=config.mirror,
-            offline=config.offline,
-            progress=lambda done, total: show(done, total),
-        )
+    for name in _names(config.name):
+        with _bar("bytes", transfer=True) as show:
+            prepare(
+                name,
+                config.data,
+                mirror=config.mirror,
+                offline=config.offline,
+                progress=lambda done, total, show=show: show(done, total),
+            )
     check = shlex.join(["tcpa-train", "data", "verify", config.name, "--data", str(config.data)])
     print(f"{config.name} is in {config.data}; to check it: {check}")
 
@@ -74,6 +76,22 @@ def run_verify(config: VerifyConfig) -> None:
     Raises:
         UsageError: something differs; lists what.
     """
+    told = []
+    for name in _names(config.name):
+        try:
+            _verify(replace(config, name=name))
+        except UsageError as error:
+            told.append(str(error))
+    if told:
+        raise UsageError("\n".join(told))
+
+
+def _names(name: str) -> tuple[str, ...]:
+    """Return the datasets that a name stands for."""
+    return tuple(TASKS) if name == ALL_TASKS else (name,)
+
+
+def _verify(config: VerifyConfig) -> None:
     from .verify import verify
 
     with _bar("images") as show:

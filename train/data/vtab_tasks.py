@@ -20,6 +20,9 @@ SEEDS = (42, 44, 82, 100, 800)
 ROOT = "vtab-1k"
 """Folder of all tasks, relative to DATA."""
 
+ALL_TASKS = "vtab"
+"""Name that stands for all tasks."""
+
 LISTS = {
     "train": "train800.txt",
     "val": "val200.txt",

@@ -11,7 +11,7 @@ from ..data.vtab_tasks import TASKS
 from ..engine.folder import differences
 from ..engine.loop import MEASURED_ON
 from ..recipes import SCRIPTS, recipe
-from .paper import published
+from .paper import ROWS, published
 from .runs import Problem, Run
 
 LABELS = tuple(script.label for script in SCRIPTS.values())
@@ -133,7 +133,14 @@ def place_of(label: str) -> tuple[int, str]:
 
 
 def _in_order(groups: Iterable[Group]) -> list[Setting]:
-    return sorted({group.setting for group in groups}, key=lambda s: tuple(asdict(s).values()))
+    """Return the settings, methods as in the tables and others after them."""
+    rows = list(ROWS)
+
+    def place(setting: Setting) -> tuple[Any, ...]:
+        row = rows.index(setting.method) if setting.method in rows else len(rows)
+        return row, *asdict(setting).values()
+
+    return sorted({group.setting for group in groups}, key=place)
 
 
 def by_setting(groups: Iterable[Group]) -> dict[Setting, list[Group]]:
