@@ -10,6 +10,7 @@ import textwrap
 from typing import Any
 
 from ..cli import UsageError, command
+from .ablate.config import AblateConfig
 from .config import RecipesConfig, ReportConfig, RunConfig, SweepConfig
 from .data.commands import PrepareConfig, VerifyConfig
 from .demo.config import DemoConfig, PretrainConfig, TuneConfig
@@ -22,6 +23,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "run": (RunConfig, ".run", "run"),
     "sweep": (SweepConfig, ".sweep", "sweep"),
     "search": (SearchConfig, ".search.command", "search"),
+    "ablate": (AblateConfig, ".ablate.command", "ablate"),
     "report": (ReportConfig, ".report.command", "report"),
     "methods": (MethodsConfig, ".methods.command", "print_methods"),
     "inspect": (InspectConfig, ".inspect.run", "run_inspect"),
