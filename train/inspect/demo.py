@@ -22,8 +22,8 @@ from ..demo.tasks import chosen_methods, split_on
 from .images import ImageSet
 from .subjects import BARE, State, Subject
 
-EPOCHS, QUICK_EPOCHS = 20, 2
-KEPT = (1, 2, 5, 10, 15)
+EPOCHS, QUICK_EPOCHS = 10, 2
+KEPT = (1, 2, 4, 6, 8)
 """Epochs after which TCPA is kept, besides the first state and the last."""
 
 IMAGES, QUICK_IMAGES = 400, 60
