@@ -57,7 +57,7 @@ def test_a_step_that_differs_is_noticed(monkeypatch):
     [
         (["--steps", "0"], "--steps: got 0, expected at least 1"),
         (["--model", "vit"], "--model: got 'vit', expected a timm model"),
-        (["--impl", "triton"], "--impl triton"),
+        (["--device", "cuda:99"], "--device: got 'cuda:99'"),
     ],
 )
 def test_bad_options_are_refused_by_name(arguments, message, capsys):
