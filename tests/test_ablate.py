@@ -463,3 +463,10 @@ def test_an_unwritable_output_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert main(["ablate", "demo", "--quick", "--output", str(tmp_path / "file")]) == 2
     assert "--output: got " in capsys.readouterr().err
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(["ablate", "demo", "--quick", "--output", str(tmp_path)]) == 2
+    assert "WORLD_SIZE: got 4, expected one process; start it without" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """`tcpa-train ablate RECIPE`: trains what is missing, then writes a table and a picture a study."""
 
+import os
 import shlex
 import sys
 from dataclasses import replace
@@ -8,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ...cli import UsageError, choose_device
+from ...cli import UsageError, choose_device, require
 from ..demo.compare import provenance
 from ..engine.inputs import Splits
 from ..files import cannot_write, write_whole
@@ -33,6 +34,9 @@ def ablate(config: AblateConfig, splits: Splits | None = None) -> dict[str, list
         UsageError: an option cannot be met, or runs failed (the others were carried out).
         Interrupted: somebody asked it to end; what is finished is kept.
     """
+    size = os.environ.get("WORLD_SIZE", "1")
+    alone = "start it without torchrun; --print-jobs prints a command for every run"
+    require(size == "1", "WORLD_SIZE", size, "one process", alone)
     if config.quick:
         config = replace(config, seeds=config.seeds[:1])
     demo = config.recipe == DEMO
