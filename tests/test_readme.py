@@ -20,13 +20,15 @@ COMMANDS = [
     for line in block.splitlines()
     if not language and line.strip()
 ]
-TRAINING = [c for c in COMMANDS if re.match("torchrun|tcpa-train (data|run|sweep|report)", c)]
+PROGRAMS = "torchrun|tcpa-train (data|run|sweep|report|search|ablate cub)"
+TRAINING = [c for c in COMMANDS if re.match(PROGRAMS, c)]
 (EXAMPLE,) = [block for language, block in FENCES if language == "python"]
 TESTED_ELSEWHERE = {
     "make test": "this run",
     "python -m tcpa.verify tests/golden/*.npz": "test_golden.py, file by file",
     **dict.fromkeys(TRAINING, "test_training_commands"),
 }
+QUICK = ["--quick", "--output", "TMP/out"]
 SMALL = shlex.split(
     "--backbone test_vit --weights none --image-size 32 --resize 40 --epochs 1 --batch-size 8 "
     "--precision fp32 --device cpu --no-tensorboard"
@@ -49,15 +51,15 @@ def test_commands(command, tmp_path):
         # What the target runs, shortened; `make -n` shows that it is the same program.
         planned = run(["make", "-n", *arguments], ROOT).stdout
         assert f"-m tcpa.train {arguments[0]}" in planned
-        output = ["--quick", "--output", str(tmp_path / "out")]
-        words = [sys.executable, "-m", "tcpa.train", *arguments, *output]
+        words = [sys.executable, "-m", "tcpa.train", *arguments, *QUICK]
     elif program == "python":
         words = [sys.executable, *arguments]
     else:
         found = shutil.which(program, path=str(Path(sys.executable).parent))
         assert found, f"{program} is not installed"
-        words = [found, *arguments]
-    done = run(words, ROOT)
+        writes = arguments[0] in ("ablate", "inspect")
+        words = [found, *arguments, *(word for word in QUICK if writes and word not in arguments)]
+    done = run([word.replace("TMP", str(tmp_path)) for word in words], ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -74,8 +76,8 @@ def test_training_commands(tmp_path, monkeypatch, capsys):
             arguments[arguments.index("8")] = "2"
         if "run" in arguments:
             arguments += SMALL
-        elif "sweep" in arguments:
-            # Thirty real runs are too many; test_train_commands.py starts real ones.
+        elif arguments[0] in ("sweep", "search", "ablate"):
+            # So many real runs are too many; the commands' own tests start real ones.
             arguments += [*SMALL, "--print-jobs"]
         elif "prepare" in arguments:
             arguments += ["--offline"]
@@ -89,6 +91,9 @@ def test_training_commands(tmp_path, monkeypatch, capsys):
         said[" ".join(arguments[:2])] = "".join(capsys.readouterr())
     assert "train (official): got 10 images, expected 5,394" in said["data verify"]
     assert len(said["sweep hta"].splitlines()) == 30
+    assert len(said["sweep table1"].splitlines()) == 200
+    assert len(said["search vpt-deep"].splitlines()) == 36
+    assert len(said["ablate cub"].splitlines()) == 9
     assert "2 runs counted" in said["report runs"]
     assert (tmp_path / "report" / "report.html").is_file()
     assert (tmp_path / "data" / "archives" / "cub").is_dir() and (tmp_path / "data/cache").is_dir()
