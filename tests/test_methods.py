@@ -52,7 +52,7 @@ def config_for(method, tmp_path, **options):
     if method in LARGE:
         options |= {"image_size": LARGE[method]}
     if method in RATES:
-        options |= {"learning_rate": RATES[method]}
+        options = {"learning_rate": RATES[method]} | options
     return make_config(tmp_path, method=method, **options)
 
 
@@ -95,7 +95,9 @@ def one_batch(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_changes_what_is_trained_and_nothing_else(method, tmp_path):
-    trainer = make_trainer(method, tmp_path)
+    # Gates of sigmoid(-10) have small gradients.
+    large = {"learning_rate": 1.0} if method == "gated-prompt" else {}
+    trainer = make_trainer(method, tmp_path, **large)
     model = trainer.model
     if isinstance(model.input_config, tcpa.DAMVPConfig):
         model.fit_clusters(splits_for(method).train.images)
@@ -309,3 +311,39 @@ def test_precisions_keep_what_is_counted(tmp_path):
     for name, value in built["fp32"].trained_tensors().items():
         assert found[name].dtype == torch.float32 and torch.equal(found[name], value), name
     assert built["bf16"].backbone.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("mapping", ["full", "frequency", "iterative"])
+def test_autovp_maps_the_heads_logits_and_goes_on(mapping, tmp_path):
+    options = {"mapping": mapping, "mapping_sources": 2, "protocol": "last"}
+    whole, stopped = (config_for("autovp", tmp_path / name, **options) for name in ("a", "b"))
+    result = run(whole, splits_for("autovp"))
+    # test_vit has 1000 source classes.
+    linear = (1000 + 1) * CLASSES if mapping == "full" else 0
+    assert result.trainable == 3 * 32 * 32 + linear
+    with pytest.raises(Stop):
+        run(stopped, stop_after(splits_for("autovp"), 3 if mapping == "full" else 8))
+    run(stopped, splits_for("autovp"))
+    expected = tensors_of(run_folder(whole, resolve(whole)))
+    found = tensors_of(run_folder(stopped, resolve(stopped)))
+    for got, truth in zip(found, expected, strict=True):
+        assert got.keys() == truth.keys()
+        assert all(torch.equal(got[name], value) for name, value in truth.items())
+    index = expected[0].get("mapping.index")
+    assert (index is None) == (mapping == "full")
+    assert index is None or (index.shape == (CLASSES, 2) and len(index.unique()) == 2 * CLASSES)
+
+
+def test_mappings_are_refused_where_they_mean_nothing(tmp_path):
+    with pytest.raises(UsageError, match="--mapping: got full with --method vp, expected a method"):
+        resolve(config_for("vp", tmp_path, mapping="full"))
+    with pytest.raises(UsageError, match="--mapping-sources: sources: got 0, expected an integer"):
+        resolve(config_for("autovp", tmp_path, mapping="frequency", mapping_sources=0))
+    many = config_for("autovp", tmp_path, mapping="frequency", mapping_sources=300)
+    with pytest.raises(UsageError, match="source classes: got 1000, expected at least 1200, 300"):
+        build_model(many, resolve(many), CPU, CLASSES)
+    file = config_for("autovp", tmp_path, mapping="full", weights="vit.npz")
+    with pytest.raises(
+        UsageError, match=r"--weights: got vit.npz with --mapping, expected pre"
+    ):
+        build_model(file, resolve(file), CPU, CLASSES)

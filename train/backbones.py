@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tcpa.build import require_covered
 from tcpa.saving import backbone_fingerprint
 
-from ..cli import UsageError
+from ..cli import UsageError, require
 from . import hub
 
 ALIASES = {
@@ -58,14 +58,15 @@ class BackboneRecord:
 
 
 def load_backbone(
-    name: str, weights: str = "pretrained", *, image_size: int = 224
+    name: str, weights: str = "pretrained", *, image_size: int = 224, head: bool = False
 ) -> tuple[nn.Module, BackboneRecord]:
-    """Create a timm model without a head and fill it.
+    """Create a timm model, without a head if not told otherwise, and fill it.
 
     Args:
         name: `orig_in21k`, `augreg_in21k` or any timm model name.
         weights: "pretrained" (timm's), "none" (random) or a file.
         image_size: side of the images, pixels; positions are resampled where they differ.
+        head: keep the model's own head, whose logits are going to be mapped; not from a file.
 
     Returns:
         The model in float32 and evaluation mode, and what is to be recorded of it.
@@ -80,7 +81,10 @@ def load_backbone(
         raise UsageError(
             f"--backbone: got {name!r}, expected {', '.join(ALIASES)} or a timm model; {hint}"
         )
-    model = _create(full, image_size, pretrained=weights == "pretrained")
+    from_file = weights not in ("pretrained", "none")
+    got, remedy = f"{weights} with --mapping", "use the weights of timm, whose head is known"
+    require(not (head and from_file), "--weights", got, "pretrained or none", remedy)
+    model = _create(full, image_size, pretrained=weights == "pretrained", head=head)
     path = None
     if weights == "pretrained":
         path = hub.cached_file(full)
@@ -96,15 +100,15 @@ def load_backbone(
     return model.eval(), record
 
 
-def _create(name: str, image_size: int, *, pretrained: bool) -> nn.Module:
+def _create(name: str, image_size: int, *, pretrained: bool, head: bool) -> nn.Module:
     own = timm.get_pretrained_cfg(name)
-    options: dict[str, Any] = {"pretrained": pretrained}
+    options: dict[str, Any] = {"pretrained": pretrained} | ({} if head else {"num_classes": 0})
     if own is None or own.input_size[-1] != image_size:
         options["img_size"] = image_size
     if pretrained:
         options |= hub.source(name)
     try:
-        return timm.create_model(name, num_classes=0, **options)
+        return timm.create_model(name, **options)
     except TypeError as error:
         _require_covered(name)
         raise UsageError(

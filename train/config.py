@@ -78,6 +78,14 @@ class TrainOptions:
     parity: bool = False
     """dam-vp, adapter: repeat the known bugs of the source, which are corrected otherwise."""
 
+    mapping: Literal["head", "full", "frequency", "iterative"] | None = None
+    """autovp: how classes come from the model: a linear head on the feature (the default), or the
+    logits of the model's own head mapped by a linear layer, or by the source classes that training
+    images are most often taken for, chosen once (frequency) or every epoch (iterative)."""
+
+    mapping_sources: int | None = None
+    """autovp: source classes of a class for frequency and iterative, 1 by default."""
+
     prune_tokens: float = 0.0
     """e2vpt: share of the prompt tokens to prune after the training, which is then done once more
     with what is left, from the first values (rewinding)."""

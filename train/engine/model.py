@@ -61,7 +61,9 @@ def build_model(config: RunConfig, settings: Recipe, world: World, num_classes: 
         require_graph(numerics, world)
     # Random weights and the initial values of what is trained come from the seed.
     torch.manual_seed(settings.seed)
-    backbone, record = load_backbone(config.backbone, config.weights, image_size=settings.crop)
+    mapped = getattr(settings.input_prompt, "maps_logits", False)
+    size = settings.crop
+    backbone, record = load_backbone(config.backbone, config.weights, image_size=size, head=mapped)
     exact = NUMERICS["fp32"] if config.eval_precision == "fp32" else numerics
     separate = exact.weights != numerics.weights
     spare = copy.deepcopy(backbone) if separate else None

@@ -73,7 +73,7 @@ def resolve(config: RunConfig) -> Recipe:
         choice = read_choice(config.choices, config.dataset, found.method)
         given |= _chosen(config, choice)
     found = replace(found, prompts=_resolve_prompts(config, found.prompts), **given)
-    found = _with_stages(config, found)
+    found = _with_stages(config, _with_mapping(config, found))
     if config.dataset in VTAB:
         option, usual = config.resize, "images of VTAB-1k are resized to --image-size, both sides"
         require(option in (None, found.crop), "--resize", option, found.crop, usual)
@@ -83,6 +83,23 @@ def resolve(config: RunConfig) -> Recipe:
     if choice is not None and config.choices is not None:
         require_conditions(choice, describe(config, found), config.choices)
     return found
+
+
+def _with_mapping(config: RunConfig, found: Recipe) -> Recipe:
+    """Put in how AutoVP's classes come from the model."""
+    given = {"mapping": config.mapping, "sources": config.mapping_sources}
+    given = {field: value for field, value in given.items() if value is not None}
+    if not given:
+        return found
+    prompt = found.input_prompt
+    for option in ("mapping", "mapping_sources"):
+        if getattr(config, option) is not None:
+            _require_method(config, option, isinstance(prompt, tcpa.AutoVPConfig), "with AutoVP")
+    assert isinstance(prompt, tcpa.AutoVPConfig)
+    try:
+        return replace(found, input_prompt=replace(prompt, **given))
+    except ValueError as error:
+        raise UsageError(f"--mapping-sources: {error}") from None
 
 
 def _with_stages(config: RunConfig, found: Recipe) -> Recipe:
