@@ -144,6 +144,7 @@ def _notes(
     seeds = ", ".join(map(str, config.seeds))
     tuned = tuned_settings()[tasks[0].method.name]
     rates = sorted({rate for rate, *_ in tuned["measured"]})
+    cpu = device.type == "cpu"
     return [
         f"Accuracy on {len(split.test_labels):,} test images after epoch {config.num_epochs} on "
         f"{len(split.train_labels):,} training images, mean, standard deviation (n - 1) and values "
@@ -151,8 +152,11 @@ def _notes(
         f"Learning rate and weight decay: `tcpa-train tune-demo --methods`, {tuned['epochs']} "
         f"epochs, on held-out images of {', '.join(tuned['folds'])} of the training images; every "
         f"rate of {', '.join(f'{rate:g}' for rate in rates)} with the smallest decay, then the "
-        "other decays with the best rate. A small search: differences of about a point mean little",
+        "other decays with the best rate. A small search: a point more or less means little.",
         f"At the size of the demo: {ADAPTED}.",
+        "Seconds per epoch: median, training alone"
+        + (", one thread a run, as many runs side by side as there are cores" if cpu else "")
+        + "; other work on the machine is in them.",
         *(f"{name} is left out: {reason}." for name, reason in reasons.items()),
         provenance(device),
         *(["--quick: the figures mean nothing."] if config.quick else []),
