@@ -76,7 +76,7 @@ def resolve(config: RunConfig) -> Recipe:
     found = _with_stages(config, _with_mapping(config, found))
     if config.dataset in VTAB:
         option, usual = config.resize, "images of VTAB-1k are resized to --image-size, both sides"
-        require(option in (None, found.crop), "--resize", option, found.crop, usual)
+        require(option in (None, found.crop), "--resize", option, str(found.crop), usual)
         found = replace(found, resize=found.crop)
     small, remedy = found.crop <= found.resize, "change --resize or --image-size"
     require(small, "--image-size", found.crop, f"at most --resize ({found.resize})", remedy)

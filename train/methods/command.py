@@ -79,7 +79,7 @@ class Listed:
         return METHODS[self.name].verified or OWN_TESTS
 
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "method", "name", "table_row", "on_image", "tokens", "tuning", "trained_values", "head_values",
     "trained_parts", "gflop_evaluation", "gflop_training", "optimizer", "grid", "source",
     "verified", "note",
