@@ -1,12 +1,17 @@
 """What a training run can be asked for. Imports nothing heavy, so that --help is quick."""
 
-import difflib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from ..cli import UsageError, require
+from .option_checks import (
+    check_options,
+    parse_normalization,
+    require_different,
+    require_gpus,
+    require_name,
+    require_seed,
+)
 
 try:
     from tyro.conf import Positional
@@ -14,21 +19,11 @@ except ModuleNotFoundError:
     # The command line says which extra is missing.
     Positional = None  # pyright: ignore[reportAssignmentType]
 
-MAX_SEED = 2**63 - 1
-"""The largest seed that torch takes."""
-
 VTAB_PREFIX = "vtab-"
 """What the names of the tasks of VTAB-1k begin with."""
 
 Protocol = Literal["auto", "official", "val", "last", "tune"]
 Precision = Literal["auto", "bf16", "bf16-autocast", "fp16", "fp32"]
-
-NORMALIZATIONS = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-}
-"""Name -> mean and standard deviation of the three channels, for pixels from 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,7 +170,7 @@ class TrainOptions:
     """Also write scalars for TensorBoard, in the run's folder."""
 
     def __post_init__(self) -> None:
-        _check_options(self)
+        check_options(self)
 
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -205,11 +200,11 @@ class RunConfig(TrainOptions):
         if self.protocol == "auto":
             usual: Protocol = "last" if self.dataset.startswith(VTAB_PREFIX) else "official"
             object.__setattr__(self, "protocol", usual)
-        _check_options(self)
-        _require_name("DATASET", self.dataset)
-        _require_name("--method", self.method)
+        check_options(self)
+        require_name("DATASET", self.dataset)
+        require_name("--method", self.method)
         if self.seed is not None:
-            _require_seed("--seed", self.seed)
+            require_seed("--seed", self.seed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,16 +233,16 @@ class SweepConfig(TrainOptions):
     """Print the command of every run on a line of its own, for an array job, and run nothing."""
 
     def __post_init__(self) -> None:
-        _check_options(self)
+        check_options(self)
         for option, values in (("DATASETS", self.datasets), ("--methods", self.methods)):
             if values is not None:
-                _require_different(option, values)
+                require_different(option, values)
                 for value in values:
-                    _require_name(option, value)
+                    require_name(option, value)
         if self.seeds is not None:
-            _require_different("--seeds", self.seeds)
+            require_different("--seeds", self.seeds)
             for seed in self.seeds:
-                _require_seed("--seeds", seed)
+                require_seed("--seeds", seed)
         require_gpus(self.gpus)
 
 
@@ -271,76 +266,4 @@ class ReportConfig:
     of VTAB-1k) and times.csv; earlier ones are replaced."""
 
     def __post_init__(self) -> None:
-        _require_different("FOLDERS", self.folders)
-
-
-def parse_normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation by name or from six numbers.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    if text in NORMALIZATIONS:
-        return NORMALIZATIONS[text]
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    usable = len(values) == 6 and all(map(math.isfinite, values)) and min(values[3:]) > 0
-    if not usable:
-        near = difflib.get_close_matches(text, NORMALIZATIONS, n=1)
-        hint = f"did you mean {near[0]}?" if near else "0.5,0.5,0.5,0.5,0.5,0.5 for instance"
-        raise UsageError(
-            f"--normalize: got {text!r}, expected imagenet, half, none or six numbers with "
-            f"positive deviations; {hint}"
-        )
-    return values[:3], values[3:]
-
-
-def _check_options(options: TrainOptions) -> None:
-    parse_normalization(options.normalize)
-    for name in ("epochs", "batch_size", "eval_batch_size", "pool_size", "resize", "image_size"):
-        _require_range(name, getattr(options, name), 1, math.inf)
-    for name in ("top_k", "random_selection_epochs"):
-        _require_range(name, getattr(options, name), 0, math.inf)
-    for name in ("weight_decay", "match_weight", "mixup_alpha", "checkpoint_seconds"):
-        _require_range(name, getattr(options, name), 0, math.inf)
-    for name in ("prompt_dropout", "label_smoothing", "prune_tokens", "prune_segments"):
-        _require_range(name, getattr(options, name), 0, 1)
-    _require_range("log_steps", options.log_steps, 1, math.inf)
-    rate = options.learning_rate
-    above = rate is None or 0 < rate < math.inf
-    require(above, "--learning-rate", rate, "a number above 0", "leave it out for the recipe's")
-
-
-def _require_range(name: str, value: float | None, low: float, high: float) -> None:
-    """Check `low <= value < high`; None stands for the recipe's value."""
-    option = "--" + name.replace("_", "-")
-    bound = f"{low} or more" + (f" and less than {high}" if high != math.inf else "")
-    usable = value is None or low <= value < high
-    require(usable, option, value, bound, "leave it out for the default")
-
-
-def _require_name(option: str, value: str) -> None:
-    """Refuse what would be no name of a folder in the output."""
-    usable = value and not set(value) & set("/\\\0") and not value.startswith(".")
-    require(bool(usable), option, repr(value), "a name without slashes", "change it")
-
-
-def _require_different(option: str, values: tuple) -> None:
-    shown = ", ".join(map(str, values)) or "no value"
-    usable = 0 < len(values) == len(set(values))
-    require(usable, option, shown, "one or more different values", "change them")
-
-
-def require_gpus(gpus: tuple[int, ...] | None) -> None:
-    """Raise UsageError unless these can be numbers of GPUs."""
-    if gpus is not None:
-        _require_different("--gpus", gpus)
-        negative = [gpu for gpu in gpus if gpu < 0]
-        require(not negative, "--gpus", negative, "numbers of GPUs from 0", "change them")
-
-
-def _require_seed(option: str, seed: int) -> None:
-    expected = "an integer from 0 to 2**63 - 1"
-    require(0 <= seed <= MAX_SEED, option, seed, expected, "choose another")
+        require_different("FOLDERS", self.folders)

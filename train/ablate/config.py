@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ...cli import require
-from ..config import MAX_SEED, Positional, Protocol, RunConfig, TrainOptions
+from ..config import Positional, Protocol, RunConfig, TrainOptions
+from ..option_checks import MAX_SEED
 
 DEMO = "demo"
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 from ...cli import UsageError, require
-from ..config import MAX_SEED, Positional
+from ..config import Positional
+from ..option_checks import MAX_SEED
 
 EXCLUDED = ("images", "checkpoints", "backbone")
 """Options without a meaning in the demo."""

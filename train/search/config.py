@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 from ...cli import require
-from ..config import Positional, RunConfig, TrainOptions, require_gpus
+from ..config import Positional, RunConfig, TrainOptions
+from ..option_checks import require_gpus
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
