@@ -102,7 +102,7 @@ class TuneConfig:
 
     learning_rates: tuple[float, ...] | None = None
     """Learning rates to try, peaks of the schedule; by default 0.01, 0.03, 0.1 and 0.3, with
-    --methods 0.001, 0.005, 0.02 and 0.1."""
+    --methods 0.001, 0.005, 0.02, 0.1 and 0.3."""
 
     weight_decays: tuple[float, ...] = (0.0001, 0.5)
     """Weight decays to try with every learning rate; the official recipe for CUB has 0.5."""
@@ -123,7 +123,7 @@ class TuneConfig:
             _set_defaults(self, folds=MAX_FOLDS, epochs=EPOCHS)
         else:
             _set_defaults(self, output=Path("tuned_rows.json"), folds=1, epochs=ROW_EPOCHS)
-            _set_defaults(self, learning_rates=(0.001, 0.005, 0.02, 0.1))
+            _set_defaults(self, learning_rates=(0.001, 0.005, 0.02, 0.1, 0.3))
         _require_methods(self.methods)
         _require_count("--epochs", self.num_epochs)
         folds, remedy = self.num_folds, "leave it out for the default"
