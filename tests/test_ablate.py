@@ -328,6 +328,9 @@ def test_the_best_setting_is_that_of_the_validation_images():
     (line,) = conclusions(study, found, 3)
     assert "entries by cosine similarity farthest (92.0 %)" in line
     assert "12.0 points" in line
+    _, study, found = made_up("selection", [better, better])
+    (line,) = conclusions(study, found, 3)
+    assert "similarity nearest and entries by cosine similarity farthest (92.0 %)" in line
 
 
 def test_components_are_compared_seed_by_seed():

@@ -83,14 +83,15 @@ def conclusions(study: Study, found: Sequence[Summary], seeds: int) -> list[str]
     finished = [one for one in found if len(one.runs) == seeds]
     if not finished:
         return []
-    best = max(finished, key=lambda one: one.mean or 0.0)
-    setting = best.setting
-    where = f"{study.rows} {setting.row}"
-    where += f", {study.columns} {setting.column}" if study.is_grid else ""
-    others = [one.mean or 0.0 for one in finished]
+    means = [one.mean or 0.0 for one in finished]
+    best = [one.setting for one, value in zip(finished, means, strict=True) if value == max(means)]
+    where = [
+        f"{study.rows} {one.row}" + (f", {study.columns} {one.column}" if study.is_grid else "")
+        for one in best
+    ]
     return [
-        f"Best mean on validation images: {where} ({best.mean:.1f} %); all settings lie within "
-        f"{max(others) - min(others):.1f} points."
+        f"Best mean on validation images: {' and '.join(where)} ({max(means):.1f} %); all settings "
+        f"lie within {max(means) - min(means):.1f} points."
     ]
 
 
