@@ -5,7 +5,16 @@ import torch
 from models import ARCHITECTURES
 from torch import Tensor, nn
 
-from tcpa import Savings, TCPAConfig, VPTConfig, forward, unpack_gate, wrap
+from tcpa import (
+    E2VPTConfig,
+    GatedPromptConfig,
+    Savings,
+    TCPAConfig,
+    VPTConfig,
+    forward,
+    unpack_gate,
+    wrap,
+)
 
 TCPA = TCPAConfig(
     cls_pool_size=4, image_pool_size=33, cls_top_k=2, image_top_k=5, random_selection_epochs=0
@@ -26,6 +35,8 @@ METHODS = {
     "role": TCPAConfig(cls_pool_size=2, image_pool_size=3, coordination="role"),
     "vpt-deep": VPTConfig(length=3),
     "vpt-shallow": VPTConfig(length=3, deep=False),
+    "e2vpt": E2VPTConfig(),
+    "gated": GatedPromptConfig(),
     "linear": None,
 }
 IMPLS = ("sdpa", "dense", "reference", "triton", "auto")

@@ -106,7 +106,7 @@ def usage_drawings(found: Inspection, of_model: Measured) -> Iterator[Drawing]:
             f"Share of the {what} of {images:,} images that see each of the {entries} entries; "
             f"a row sums to {order.shape[-1]} x 100 %. Entry {entry} in block {block + 1} is seen "
             f"most, by {100 * counted.seen[block, entry]:.0f} %; "
-            f"never seen (0): {dead or 'none'}."
+            f"{dead} of all {counted.seen.size} are never seen (0)."
         )
         title = f"{'Image' if pool == 'image' else 'CLS'} pool: {what} that see an entry"
         figure = inspect.draw_usage(counted.seen, title=title)

@@ -36,7 +36,8 @@ svg.selection rect { fill-opacity: 0.6; }
 svg.selection rect.hot { stroke: #000; stroke-width: 2.5; }
 .legend span { display: inline-block; min-width: 1.9em; text-align: center; margin: 0 2px 2px 0;
   padding: 0 0.2em; font-size: 0.8rem; border-radius: 3px; }
-table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: 0.875rem; overflow-wrap: normal;
+  font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: 0.3rem 0; }
 th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right;
   vertical-align: bottom; } td { white-space: nowrap; } th { max-width: 8rem; min-width: 3.2rem; }
