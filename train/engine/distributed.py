@@ -42,6 +42,11 @@ class World:
         dist.broadcast(shared, 0)
         return bool(shared)
 
+    def broadcast(self, values: Tensor) -> None:
+        """Put the values of the first process in place of those of the others."""
+        if self.size > 1:
+            dist.broadcast(values, 0)
+
     def share(self, value: object) -> object:
         """Return the object of the first process."""
         if self.size == 1:

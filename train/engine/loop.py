@@ -317,6 +317,7 @@ class Loop:
         Raises:
             Interrupted: a process was asked to end; `metrics_bytes` of the metrics are valid.
         """
+        self.trainer.share_counted()
         model, source = self.built.for_evaluation(), self.splits.evaluation[split]
         check = partial(self._end_if_asked, journal, metrics_bytes)
         found = evaluate(model, source, self.world, self.built.eval_numerics, check)

@@ -13,6 +13,7 @@ from tcpa.kv_prompts import E2VPTPrompts
 
 from ...cli import UsageError
 from ..config import RunConfig
+from ..data.batches import local_rows
 from ..recipes import Recipe
 from .distributed import World
 from .inputs import Source
@@ -82,15 +83,12 @@ class Stages:
         return f"{prompt.num_frames} clusters of {min(count, limit):,} training images"
 
     def _gather(self, rows: Tensor | None, width: int, size: int) -> Tensor:
-        """Return the rows of all processes, `[size, width]` float32: of the first, of the second,
-        and so on."""
+        """Return the rows of a global batch, `[size, width]` float32, in its order."""
         world = self._world
-        counts = torch.zeros(world.size, dtype=torch.int64, device=world.device)
-        counts[world.rank] = 0 if rows is None else len(rows)
-        start = int(world.sum(counts)[: world.rank].sum())
         found = torch.zeros(size, width, device=world.device)
         if rows is not None:
-            found[start : start + len(rows)] = rows.float()
+            mine = torch.from_numpy(local_rows(size, world.rank, world.size)).to(world.device)
+            found[mine] = rows.float()
         return world.sum(found)
 
     def _fit_mapping(self, epoch: int) -> str:

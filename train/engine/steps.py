@@ -129,6 +129,13 @@ class Trainer:
         """Return the learning rate of a step, of the values without one of their own."""
         return self._settings.peak_rate * rate_factor(self._settings, step, self._total)
 
+    def share_counted(self) -> None:
+        """Give all processes what the first one counted beside the trained values (running
+        statistics of a head), so that they evaluate one model."""
+        for value in self.model.trained_tensors().values():
+            if not isinstance(value, nn.Parameter):
+                self.world.broadcast(value)
+
     def take_losses(self) -> tuple[list[float], int]:
         """Return sums over images of loss, cross-entropy and distance, and their number, of all
         processes since the last call; waits for the device."""
