@@ -215,6 +215,8 @@ def test_runs_take_the_choice(stand_in, tmp_path) -> None:
     assert (settings.peak_rate, settings.weight_decay) == (1.0, 0.001)
     assert (config.protocol, settings.epochs) == ("last", 3)
     assert settings.chosen == "given by hand"
+    assert settings.note.startswith("rate and decay were chosen on validation images")
+    assert "middle values" not in settings.note
     jobs = jobs_of(SweepConfig(datasets=("vtab-pets",), methods=("vpt-deep",), **given))
     assert [job.settings.seed for job in jobs] == [42, 44, 82, 100, 800]
     assert {job.settings.learning_rate for job in jobs} == {1.0}

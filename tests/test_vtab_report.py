@@ -124,7 +124,10 @@ def test_copies_get_no_delta_and_share_no_mean_with_originals(tmp_path) -> None:
     (note,) = overview_vtab(groups, names).notes
     assert "no delta of specialized, as not all images are the published originals" in note
     (detail,) = details_vtab(groups, names)
-    assert "images are lossy copies (looked at): not comparable" in " ".join(detail.notes)
+    told = " ".join(detail.notes)
+    assert told.count("vtab-eurosat") == 1, "once for train and test"
+    assert "images are lossy copies (looked at): not comparable" in told
+    assert "JAX weights of the ViT-B/16" in told
     write_tasks(tmp_path / "b", ["vtab-eurosat"], seeds=(44,))
     groups, _ = groups_of(tmp_path)
     (mean,) = means_of(groups)

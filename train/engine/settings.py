@@ -14,6 +14,7 @@ from ..config import RunConfig
 from ..data.splits import NAMES
 from ..data.vtab_tasks import VTAB
 from ..recipes import Recipe, compose, recipe
+from ..registry import GRID
 from ..search.choice import Choice, read_choice, require_conditions
 
 DIRECT = {
@@ -71,7 +72,7 @@ def resolve(config: RunConfig) -> Recipe:
     choice = None
     if config.choices is not None:
         choice = read_choice(config.choices, config.dataset, found.method)
-        given |= _chosen(config, choice)
+        given |= _chosen(config, found, choice)
     found = replace(found, prompts=_resolve_prompts(config, found.prompts), **given)
     found = _with_stages(config, _with_mapping(config, found))
     if config.dataset in VTAB:
@@ -118,14 +119,15 @@ def _with_stages(config: RunConfig, found: Recipe) -> Recipe:
     return replace(found, epochs=2 * found.epochs, rounds=2, **shares)
 
 
-def _chosen(config: RunConfig, choice: Choice) -> dict[str, Any]:
+def _chosen(config: RunConfig, usual: Recipe, choice: Choice) -> dict[str, Any]:
     """Return what a search chose, as fields of the recipe."""
     for option in ("learning_rate", "weight_decay"):
         name, value = f"--{option.replace('_', '-')}", getattr(config, option)
         require(value is None, name, value, "none with --choices", "leave one of them out")
     # The peak itself, whatever the batch.
     rates = {"learning_rate": choice.learning_rate, "rate_batch": 0}
-    return rates | {"weight_decay": choice.weight_decay, "chosen": choice.grid}
+    note = usual.note.replace(GRID, "rate and decay were chosen on validation images")
+    return rates | {"weight_decay": choice.weight_decay, "chosen": choice.grid, "note": note}
 
 
 def _resolve_prompts(

@@ -251,6 +251,19 @@ def _identity(run: Run) -> str:
     return json.dumps([described, options, splits], sort_keys=True)
 
 
+def _copies(splits: dict[str, dict[str, Any]]) -> list[str]:
+    """Say once of each kind that images of VTAB-1k are not, or may not be, the originals."""
+    reasons: dict[str, Any] = {}
+    for split in splits.values():
+        if _source(split) not in ("", "original"):
+            reasons.setdefault(_source(split), split["source"].get("reason"))
+    names = {"jpeg": "lossy copies", "unclear": "perhaps lossy copies"}
+    return [
+        f"images are {names.get(kind, kind)} ({reason}): not comparable with published results"
+        for kind, reason in reasons.items()
+    ]
+
+
 def _remarks(seeds: dict[int, Run]) -> tuple[str, ...]:
     """Return what a reader of the mean should know."""
     remarks: list[str] = []
@@ -263,13 +276,10 @@ def _remarks(seeds: dict[int, Run]) -> tuple[str, ...]:
         ]
         if short:
             remarks.append(f"{', '.join(short)} images")
+        remarks += _copies(splits)
         for split in splits.values():
             if "ours" in str(split.get("rule")):
                 remarks.append(str(split["rule"]))
-            if _source(split) not in ("", "original"):
-                reason = split["source"].get("reason")
-                kind = {"jpeg": "lossy copies"}.get(_source(split), "perhaps lossy copies")
-                remarks.append(f"images are {kind} ({reason}): not comparable with published ones")
             if split.get("caution"):
                 remarks.append(str(split["caution"]).rstrip("."))
     return tuple(dict.fromkeys(remarks))

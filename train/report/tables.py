@@ -74,7 +74,7 @@ def notes_of(groups: Sequence[Group]) -> list[str]:
             remarks.setdefault(remark, []).append(group.label)
     notes = [f"{', '.join(dict.fromkeys(labels))}: {text}." for text, labels in remarks.items()]
     notes += dict.fromkeys(
-        f"{run.recipe['note'].capitalize()}."
+        f"{run.recipe['note'][0].upper()}{run.recipe['note'][1:]}."
         for group in groups
         for run in group.runs
         if run.recipe["note"]
