@@ -69,9 +69,10 @@ def protocol(config: AblateConfig) -> str:
         return f"Protocol {config.protocol}: trained on 100 digits, accuracy on 200 others."
     return (
         f"Protocol {config.protocol}: trained on 750 of the 1,000 training images of the digits, "
-        "accuracy on the other 250 (another fold for every seed) after the last epoch. Rate and "
-        "decay of VPT, and of all settings of TCPA, as `tune-demo` chose them for VPT-deep and "
-        f"TCPA unless given.{tested}"
+        "accuracy on the other 250 after the last epoch. Every seed has another fold: compare "
+        "seed by seed, as the spread is mostly that of the folds. Rate and decay of VPT, and of "
+        "all settings of TCPA, as `tune-demo` chose them for VPT-deep and TCPA on the same folds, "
+        f"unless given.{tested}"
     )
 
 
