@@ -47,12 +47,16 @@ METHODS = {
     "linear": None,
     "e2vpt": E2VPTConfig(length=3, kv_length=4, dropout=0.0),
     "gated": GatedPromptConfig(length=4, gate_init=0.5, dropout=0.0),
-    "vpt-deep-full": {"config": VPTConfig(length=3), "tuning": FullTuning()},
-    "tcpa-bias": {"config": TCPA, "tuning": BiasTuning()},
     "e2vpt-last-block": {
         "config": E2VPTConfig(length=3, kv_length=4, dropout=0.0),
         "tuning": LastBlockTuning(),
     },
+}
+"""Configuration of the token prompts, or all three choices."""
+
+CHOICES = {
+    "vpt-deep-full": {"config": VPTConfig(length=3), "tuning": FullTuning()},
+    "tcpa-bias": {"config": TCPA, "tuning": BiasTuning()},
     "gated-adaptformer-dam-vp": {
         "config": GatedPromptConfig(length=4, gate_init=0.5, dropout=0.0),
         "tuning": AdaptFormerTuning(head="linear", dropout=0.0),
@@ -65,7 +69,6 @@ METHODS = {
     },
     "lion": {"config": None, "input_prompt": LIONConfig(hidden=5, iterations=60)},
 }
-"""Configuration of the token prompts, or all three choices."""
 
 
 def run(architecture, config, savings):
@@ -121,6 +124,13 @@ def test_each_saving_left_out_equals_all_of_them(name, method):
     architecture = ARCHITECTURES["vit-tiny"]
     full = run(architecture, method, Savings())
     assert_equal(run(architecture, method, dataclasses.replace(Savings(), **{name: False})), full)
+
+
+@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
+def test_all_savings_together_with_other_choices(choices):
+    architecture = ARCHITECTURES["vit-tiny"]
+    plain = run(architecture, choices, Savings.none())
+    assert_equal(run(architecture, choices, Savings()), plain)
 
 
 @pytest.mark.parametrize("key", ARCHITECTURES)
