@@ -343,7 +343,5 @@ def test_mappings_are_refused_where_they_mean_nothing(tmp_path):
     with pytest.raises(UsageError, match="source classes: got 1000, expected at least 1200, 300"):
         build_model(many, resolve(many), CPU, CLASSES)
     file = config_for("autovp", tmp_path, mapping="full", weights="vit.npz")
-    with pytest.raises(
-        UsageError, match=r"--weights: got vit.npz with --mapping, expected pre"
-    ):
+    with pytest.raises(UsageError, match=r"--weights: got vit.npz with --mapping, expected pre"):
         build_model(file, resolve(file), CPU, CLASSES)
