@@ -4,39 +4,17 @@ Every figure is a single panel with its own title, axes and units, dark on white
 user's matplotlib state alone. Where colours name things, numbers or markers name them too.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .checks import require, require_int
+from .inspect_style import COLOURS, INK, MARKERS, entry_colours, panel, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-INK = "#1b1b1f"
-
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#b5a900", "#8c8c96")
-"""Okabe and Ito's palette with a darker yellow, for white ground, and grey for black."""
-
-MARKERS = "osD^vPX*<>"
-
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "tcpa",
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor"), INK),
-    **dict.fromkeys(("xtick.color", "ytick.color", "legend.labelcolor"), INK),
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -50,46 +28,7 @@ class Series:
     """Half the height of a band around the line, in the unit of `y`."""
 
 
-P = ParamSpec("P")
-
-
-def _styled(draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
-    @functools.wraps(draw)
-    def drawn(*args: P.args, **options: P.kwargs) -> "Figure":
-        import matplotlib
-
-        with matplotlib.rc_context(STYLE):
-            return draw(*args, **options)
-
-    return drawn
-
-
-def entry_colours(count: int) -> list[str]:
-    """Return colours for the entries of a pool, as `#rrggbb`.
-
-    Eight of Okabe and Ito's, then the same darker, lighter, and again: number entries as well.
-    """
-    found = []
-    for place in range(count):
-        base = [int(COLOURS[place % 8][i : i + 2], 16) for i in (1, 3, 5)]
-        towards, amount = ((0, 0.0), (0, 0.5), (255, 0.65))[place // 8 % 3]
-        mixed = (round(value + (towards - value) * amount) for value in base)
-        found.append("#{:02x}{:02x}{:02x}".format(*mixed))
-    return found
-
-
-def ink_on(colour: str) -> str:
-    """Return black or white, whichever is easier to read on a colour `#rrggbb`."""
-    linear = []
-    for place in (1, 3, 5):
-        value = int(colour[place : place + 2], 16) / 255
-        linear.append(value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4)
-    luminance = float(np.dot((0.2126, 0.7152, 0.0722), linear))
-    # Where the contrast ratios with black and with white are equal.
-    return "#000000" if luminance > 0.179 else "#ffffff"
-
-
-@_styled
+@styled
 def draw_selection(
     image: np.ndarray,
     order: np.ndarray,
@@ -98,7 +37,7 @@ def draw_selection(
     *,
     title: str = "First choice of every patch",
 ) -> "Figure":
-    """Draw an image with each patch coloured and numbered by the prompt that it chose first.
+    """Draw an image, in grey, with each patch coloured and numbered by its first prompt.
 
     Args:
         image: float `[height, width]` or `[height, width, 3]`, values in [0, 1].
@@ -110,9 +49,9 @@ def draw_selection(
     rows, columns = grid
     fits = order.ndim == 2 and order.shape[0] == rows * columns and order.shape[1] > 0
     require(fits, "order", f"shape {order.shape}", f"({rows * columns}, K)", "pass one image's")
-    figure, axes = _panel((3.3, 3.4))
+    figure, axes = panel((3.3, 3.4))
     height, width = image.shape[:2]
-    _show_image(axes, image)
+    _show_image(axes, _grey(image))
     colours = entry_colours(entries)
     size = (width / columns, height / rows)
     from matplotlib.patches import Rectangle
@@ -131,7 +70,7 @@ def draw_selection(
     return _finish(figure, axes, title, "patch column", "patch row", grid, image)
 
 
-@_styled
+@styled
 def draw_usage(seen: np.ndarray, *, title: str = "Tokens that see an entry") -> "Figure":
     """Draw how often the entries of a pool are selected, a row per block.
 
@@ -140,7 +79,7 @@ def draw_usage(seen: np.ndarray, *, title: str = "Tokens that see an entry") -> 
         title: text above.
     """
     blocks, entries = seen.shape
-    figure, axes = _panel((max(2.6, 0.27 * entries + 1.4), 0.3 * blocks + 1.4))
+    figure, axes = panel((max(2.6, 0.27 * entries + 1.4), 0.3 * blocks + 1.4))
     shown = axes.imshow(100 * seen, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for (block, entry), share in np.ndenumerate(seen):
         # A dead entry and a rare one look alike.
@@ -155,7 +94,7 @@ def draw_usage(seen: np.ndarray, *, title: str = "Tokens that see an entry") -> 
     return figure
 
 
-@_styled
+@styled
 def draw_image(image: np.ndarray, grid: tuple[int, int], *, title: str = "Image") -> "Figure":
     """Draw an image with its patches numbered along the sides.
 
@@ -164,12 +103,12 @@ def draw_image(image: np.ndarray, grid: tuple[int, int], *, title: str = "Image"
         grid: patches from top to bottom and from left to right.
         title: text above.
     """
-    figure, axes = _panel((3.3, 3.1))
+    figure, axes = panel((3.3, 3.1))
     _show_image(axes, image)
     return _finish(figure, axes, title, "patch column", "patch row", grid, image)
 
 
-@_styled
+@styled
 def draw_attention(
     image: np.ndarray,
     weights: np.ndarray,
@@ -189,11 +128,10 @@ def draw_attention(
         query: row and column of the patch that looks; it gets a frame.
         opacity: of the colours, 0 to 1; below 1 they are not quite those of the scale.
     """
-    figure, axes = _panel((3.3, 3.1))
+    figure, axes = panel((3.3, 3.1))
     height, width = image.shape[:2]
     limit = float(weights.max()) if limit is None else limit
-    grey = image if image.ndim == 2 else image.mean(axis=-1)
-    axes.imshow(grey, cmap="gray", vmin=0, vmax=1)
+    _show_image(axes, _grey(image))
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     scale = {"cmap": "viridis", "vmin": 0, "vmax": 100 * limit or 1}
     shown = axes.imshow(
@@ -211,7 +149,7 @@ def draw_attention(
     return _finish(figure, axes, title, "patch column", "patch row", weights.shape, image)
 
 
-@_styled
+@styled
 def draw_attention_surface(
     weights: np.ndarray, *, title: str = "Attention", limit: float | None = None
 ) -> "Figure":
@@ -222,7 +160,7 @@ def draw_attention_surface(
         title: text above.
         limit: weight at the top of the axis; the largest by default.
     """
-    figure, axes = _panel((3.3, 3.1), projection="3d")
+    figure, axes = panel((3.3, 3.1), projection="3d")
     rows, columns = np.mgrid[: weights.shape[0], : weights.shape[1]]
     limit = 100 * (float(weights.max()) if limit is None else limit) or 1
     surface = {"cmap": "viridis", "vmin": 0, "vmax": limit, "linewidth": 0.2, "edgecolor": INK}
@@ -239,7 +177,7 @@ def draw_attention_surface(
     return figure
 
 
-@_styled
+@styled
 def draw_points(
     points: np.ndarray,
     labels: np.ndarray | None = None,
@@ -257,7 +195,7 @@ def draw_points(
     """
     kinds = 0 if labels is None else len(names)
     listed = 0 < kinds <= 20
-    figure, axes = _panel((4.0, 3.6 + 0.17 * -(-kinds // 5) * listed))
+    figure, axes = panel((4.0, 3.6 + 0.17 * -(-kinds // 5) * listed))
     if labels is None or not kinds:
         axes.scatter(*points.T, s=14, color=COLOURS[0], linewidths=0)
     else:
@@ -276,7 +214,7 @@ def draw_points(
     return figure
 
 
-@_styled
+@styled
 def draw_lines(
     series: Sequence[Series], *, xlabel: str, ylabel: str, title: str, integer: bool = True
 ) -> "Figure":
@@ -288,7 +226,7 @@ def draw_lines(
         title: text above.
         integer: ticks of the x axis at whole numbers only.
     """
-    figure, axes = _panel((4.0, 2.9 + 0.19 * -(-len(series) // 2)))
+    figure, axes = panel((4.0, 2.9 + 0.19 * -(-len(series) // 2)))
     for place, line in enumerate(series):
         style = {"color": entry_colours(place + 1)[-1], "marker": MARKERS[place % len(MARKERS)]}
         axes.plot(line.x, line.y, label=line.name, markersize=4, linewidth=1.4, **style)
@@ -304,14 +242,8 @@ def draw_lines(
     return figure
 
 
-def _panel(size: tuple[float, float], **options: Any) -> tuple["Figure", Any]:
-    """Return an empty figure, inches, with its axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(subplot_kw=options)
+def _grey(image: np.ndarray) -> np.ndarray:
+    return image if image.ndim == 2 else image.mean(axis=-1)
 
 
 def _show_image(axes: Any, image: np.ndarray) -> None:

@@ -330,7 +330,7 @@ def test_figures_have_titles_axes_and_units() -> None:
 @given(st.integers(0, 40))
 @settings(max_examples=10, deadline=None)
 def test_colours_are_colours_and_differ_up_to_24(count: int) -> None:
-    from tcpa.inspect_figures import entry_colours, ink_on
+    from tcpa.inspect_style import entry_colours, ink_on
 
     colours = entry_colours(count)
     assert len(colours) == count and len(set(colours)) == min(count, 24)

@@ -7,12 +7,15 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from tcpa.inspect_figures import entry_colours, ink_on
+from tcpa.inspect_style import entry_colours, ink_on
 
 from .measure import Inspection, Measured
 
 CELL, MARGIN = 20, 16
 """Side of a patch and room for the numbers of rows and columns, SVG units."""
+
+WIDE = 10
+"""Patches side by side from which on a map needs more room."""
 
 HINT = "Point at a patch, or tap it: the prompts that it chose, in order."
 
@@ -42,12 +45,17 @@ def selection_maps(found: Inspection, of_model: Measured, number: int) -> str:
     """Return the figures of one shown image, a block each."""
     selected, place = of_model.selected, found.shown[number]
     assert selected is not None
-    background = data_url(found.images.pictures[place])
+    picture = f"picture-{found.measured.index(of_model) + 1}-{number + 1}"
+    seen = found.images.pictures[place]
+    # In grey, so that all colours are those of entries.
+    url = data_url(seen if seen.ndim == 2 else seen.mean(axis=-1))
     colours = entry_colours(selected.found.num_pool[1])
     figures = []
     for block, orders in enumerate(selected.found.image):
         order = orders[place]
-        svg = _svg(order, selected.found.grid, background, colours, block)
+        # One picture serves all blocks.
+        source = f'id="{picture}" href="{url}"' if block == 0 else f"#{picture}"
+        svg = _svg(order, selected.found.grid, source, colours, block)
         kinds = len(np.unique(order[:, 0]))
         entry, count = _most(order[:, 0])
         hint = HINT if block == 0 else "&nbsp;"
@@ -57,7 +65,8 @@ def selection_maps(found: Inspection, of_model: Measured, number: int) -> str:
             f"<figcaption>{kinds} of {len(colours)} entries are a first choice; prompt {entry} "
             f"is that of {count} of {len(order)} patches.</figcaption></figure>"
         )
-    return f'<div class="maps grid">{"".join(figures)}</div>'
+    large = " large" if selected.found.grid[1] > WIDE else ""
+    return f'<div class="maps grid{large}">{"".join(figures)}</div>'
 
 
 def _most(first: np.ndarray) -> tuple[int, int]:
@@ -66,7 +75,7 @@ def _most(first: np.ndarray) -> tuple[int, int]:
 
 
 def _svg(
-    order: np.ndarray, grid: tuple[int, int], background: str, colours: list[str], block: int
+    order: np.ndarray, grid: tuple[int, int], picture: str, colours: list[str], block: int
 ) -> str:
     rows, columns = grid
     width, height = columns * CELL, rows * CELL
@@ -77,8 +86,9 @@ def _svg(
         f'<text x="{width / 2:g}" y="{-MARGIN - 4}" class="tick">patch column</text>',
         f'<text transform="translate({-1.5 * MARGIN:g} {height / 2:g}) rotate(-90)" class="tick">'
         "patch row</text>",
-        f'<image href="{background}" width="{width}" height="{height}" '
-        'preserveAspectRatio="none"/>',
+        f'<use href="{picture}"/>'
+        if picture.startswith("#")
+        else f'<image {picture} width="{width}" height="{height}" preserveAspectRatio="none"/>',
     ]
     for column in range(columns):
         parts.append(f'<text x="{column * CELL + CELL / 2:g}" y="-4" class="tick">{column}</text>')

@@ -64,6 +64,8 @@ class Adapter:
     run: Path | None
     backbone: dict[str, Any]
     tuning: Any
+    mapped: bool
+    """Whether the backbone keeps its own head, whose logits are mapped."""
 
     @property
     def name(self) -> str:
@@ -100,12 +102,18 @@ def find_adapter(path: Path, option: str = "RUNS") -> Adapter:
 def _read_adapter(folder: Path, run: Path | None, option: str) -> Adapter:
     try:
         content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        described = content["backbone"]
-        found = Adapter(folder=folder, run=run, backbone=described, tuning=content.get("tuning"))
+        described, prompt = content["backbone"], content.get("input_prompt") or {"config": {}}
+        found = Adapter(
+            folder=folder,
+            run=run,
+            backbone=described,
+            tuning=content.get("tuning"),
+            mapped=prompt["config"].get("mapping", "head") != "head",
+        )
         parts = ("name", "image_size", "dtype", "settings", "fingerprint")
         if not all(part in described for part in parts) or found.backbone["dtype"] not in DTYPES:
             raise KeyError("backbone")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UsageError(
             f"{option}: {folder / CONFIG_FILE} is not what tcpa saves ({error}); save the adapter "
             "again"
@@ -146,14 +154,16 @@ def _described(adapter: Adapter) -> str:
 class Backbones:
     """Creates fresh copies of the one backbone of an inspection."""
 
-    def __init__(self, name: str | None, weights: str, adapter: Adapter) -> None:
+    def __init__(self, name: str | None, weights: str, adapters: Sequence[Adapter]) -> None:
+        adapter = adapters[0]
         self.name = name or adapter.name
         size = adapter.backbone["image_size"]
         if name == "demo" or (name is None and _is_demo(adapter)):
             self.name, self._model = "the demo's ViT", demo.load_backbone()
             return
         try:
-            options = {"image_size": int(size[0])} if size else {}
+            options: dict[str, Any] = {"image_size": int(size[0])} if size else {}
+            options["head"] = any(adapter.mapped for adapter in adapters)
             self._model, _ = load_backbone(self.name, weights, **options)
         except UsageError as error:
             raise UsageError(f"{error} (the adapter is for {_described(adapter)})") from None
@@ -211,7 +221,7 @@ def load_subjects(
     adapters = [find_adapter(path) for path in runs]
     earlier = [find_adapter(path, "--checkpoints") for path in checkpoints]
     require_one_backbone([*adapters, *earlier])
-    backbones = Backbones(backbone, weights, adapters[0])
+    backbones = Backbones(backbone, weights, [*adapters, *earlier])
     models = [backbones.load(adapter) for adapter in adapters]
     names = _names(adapters, models)
     subjects = []
