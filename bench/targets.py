@@ -10,7 +10,7 @@ Shapes: ViT-B/16 at 224, 36 prompt rows shared by the batch, batch 128, bfloat16
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .reporting.data import Table, number
 from .results import Row
@@ -21,6 +21,12 @@ DEVICE = "H200"
 SHAPE = "b16-224-p36-b128"
 MODEL = "vit_base_patch16_224-cub-b128"
 NOT_MEASURED = "not measured yet"
+_STEP_FIELDS = {
+    "command": "step",
+    "operation": "step in bfloat16",
+    "shape": MODEL,
+    "mode": "train",
+}
 
 
 class Measured:
@@ -47,7 +53,7 @@ class Measured:
         ]
         return (min(found) if least else max(found)) if found else None
 
-    def exact(self, metric: str, provider: str, **fields: str) -> float | None:
+    def exact(self, metric: str, provider: str, **fields: Any) -> float | None:
         """Return the median of a metric of one provider by its full name; None without rows."""
         own = Measured(row for row in self._rows if row.provider == provider)
         return own.best(metric, **fields)
@@ -88,7 +94,7 @@ def _ratio(above: Value, below: Value) -> Value:
 
 def _operation(operation: str, mode: str, *providers: str) -> Value:
     """Return the time of the fastest of some providers of an operation, us."""
-    fields = {"operation": operation, "shape": SHAPE, "dtype": "bf16", "mode": mode}
+    fields: Any = {"operation": operation, "shape": SHAPE, "dtype": "bf16", "mode": mode}
     return lambda measured: measured.best("time", *providers, **fields)
 
 
@@ -97,19 +103,19 @@ def _attention(*providers: str) -> Value:
 
 
 def _kernel(operation: str, mode: str, provider: str = "tcpa triton") -> Value:
-    fields = {"operation": operation, "shape": SHAPE, "dtype": "bf16", "mode": mode}
+    fields: Any = {"operation": operation, "shape": SHAPE, "dtype": "bf16", "mode": mode}
     return lambda measured: measured.exact("time", provider, **fields)
 
 
 def _step(metric: str, provider: str) -> Value:
     """Return a metric of one form of the training step."""
-    fields = {"command": "step", "operation": "step in bfloat16", "shape": MODEL, "mode": "train"}
+    fields: Any = _STEP_FIELDS
     return lambda measured: measured.exact(metric, provider, **fields)
 
 
 def _our_step(metric: str, *, least: bool = True) -> Value:
     """Return a metric of our best form of the training step."""
-    fields = {"command": "step", "operation": "step in bfloat16", "shape": MODEL, "mode": "train"}
+    fields: Any = _STEP_FIELDS
     return lambda measured: measured.best(metric, "tcpa", least=least, **fields)
 
 
@@ -119,7 +125,7 @@ def _gigabytes(measured: Measured) -> float | None:
 
 
 def _epoch(measured: Measured) -> float | None:
-    fields = {"command": "epoch", "mode": "train", "shape": MODEL}
+    fields: Any = {"command": "epoch", "mode": "train", "shape": MODEL}
     operations = ("epoch from cache", "epoch from device")
     found = [
         measured.best("seconds per epoch", "tcpa", operation=operation, **fields)
