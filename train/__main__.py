@@ -16,6 +16,7 @@ from .data.commands import PrepareConfig, VerifyConfig
 from .demo.config import DemoConfig, PretrainConfig, TuneConfig
 from .engine.interruption import Interrupted
 from .inspect.config import InspectConfig
+from .meta.config import MetaPromptConfig
 from .methods.config import MethodsConfig
 from .search.config import SearchConfig
 
@@ -25,6 +26,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "search": (SearchConfig, ".search.command", "search"),
     "ablate": (AblateConfig, ".ablate.command", "ablate"),
     "report": (ReportConfig, ".report.command", "report"),
+    "meta-prompt": (MetaPromptConfig, ".meta.command", "train_meta_prompt"),
     "methods": (MethodsConfig, ".methods.command", "print_methods"),
     "inspect": (InspectConfig, ".inspect.run", "run_inspect"),
     "recipes": (RecipesConfig, ".recipes", "print_recipes"),

@@ -123,7 +123,7 @@ def train_method(
         start = time.perf_counter()
         model.train()
         model.set_epoch(epoch)
-        loss, hits = _train_epoch(model, split, optimizer, schedule, order)
+        loss, hits = train_epoch(model, split, optimizer, schedule, order)
         seconds = time.perf_counter() - start
         measured = (epoch + 1) % 5 == 0 or epoch + 1 == epochs
         test = measure(model, split) if measured else None
@@ -131,7 +131,7 @@ def train_method(
     return model
 
 
-def _train_epoch(model, split, optimizer, schedule, order) -> tuple[float, float]:
+def train_epoch(model, split, optimizer, schedule, order) -> tuple[float, float]:
     """Train one epoch; return mean loss and training accuracy in percent, as seen on the way."""
     device, count = split.train_images.device, len(split.train_labels)
     match_weight = getattr(model.config, "match_weight", 0.0)

@@ -64,7 +64,7 @@ def load_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         path = folder / name
         if not path.exists():
             continue
-        found = _read(path)
+        found = read_checkpoint(path)
         if isinstance(found, Checkpoint):
             return found, [f"{problem}; the one before it is used" for problem in problems]
         problems.append(found)
@@ -76,7 +76,7 @@ def load_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, []
 
 
-def _read(path: Path) -> Checkpoint | str:
+def read_checkpoint(path: Path) -> Checkpoint | str:
     """Return a checkpoint, or what is wrong with its file."""
     try:
         with safe_open(path, framework="pt") as file:

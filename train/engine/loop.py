@@ -169,8 +169,8 @@ class Loop:
         cross-entropy, distance and images. A look here would add up in another order."""
         trainer = self.trainer
         seen = torch.zeros(self.world.size, 4, dtype=torch.float64, device=self.world.device)
-        seen[self.world.rank, :3] = trainer._sums
-        seen[self.world.rank, 3] = trainer._seen
+        seen[self.world.rank, :3] = trainer.loss_sums
+        seen[self.world.rank, 3] = trainer.images_seen
         seen = self.world.sum(seen)
         self._require_finite(seen[:, :3].flatten().tolist())
         return seen
@@ -181,8 +181,8 @@ class Loop:
             others = torch.zeros(self.world.size - 1, 4, dtype=seen.dtype)
             seen = torch.cat((seen.sum(0, keepdim=True), others))
         mine = seen[self.world.rank]
-        self.trainer._sums.copy_(mine[:3])
-        self.trainer._seen = int(mine[3])
+        self.trainer.loss_sums.copy_(mine[:3])
+        self.trainer.images_seen = int(mine[3])
 
     def _save_if_due(self, journal: Journal | None) -> None:
         late = time.monotonic() - self._saved >= self.config.checkpoint_seconds
@@ -247,7 +247,7 @@ class Loop:
         # After the last epoch the model may hold the chosen values; all else is saved.
         if state.epoch < self.settings.epochs:
             # Between the last step of an epoch and its end nothing is unlooked.
-            waiting = self.trainer._seen > 0
+            waiting = self.trainer.images_seen > 0
             state.unlooked_seconds = time.perf_counter() - self._mark if waiting else 0.0
             self.save(journal, self._take_unlooked(), metrics_bytes)
         text = (

@@ -27,6 +27,9 @@ class Trainer:
         model: the model, on the device of `world`.
         optimizer: of the recipe, on the trained values.
         scaler: scales the loss under float16 autocast, and is inactive otherwise.
+        loss_sums: of the images that this process saw since `take_losses`: loss, cross-entropy and
+            distance, float32 `[3]`, on the device.
+        images_seen: how many images these are.
     """
 
     def __init__(
@@ -48,8 +51,8 @@ class Trainer:
         self._graph = _StepGraph(self) if graph else None
         self.begin_anew()
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=numerics.scales_loss)
-        self._sums = torch.zeros(3, device=world.device)
-        self._seen = 0
+        self.loss_sums = torch.zeros(3, device=world.device)
+        self.images_seen = 0
 
     def begin_anew(self) -> None:
         """Make the optimiser, without any memory, for the values that the model trains now."""
@@ -105,8 +108,8 @@ class Trainer:
             found = self.update(images, targets, scale)
         else:
             found = self._graph.update(images, targets, scale)
-        self._sums += found * count
-        self._seen += count
+        self.loss_sums += found * count
+        self.images_seen += count
 
     def update(self, images: Tensor, targets: Tensor, scale: float) -> Tensor:
         """Do what a step does on the device; return loss, cross-entropy, distance `[3]`."""
@@ -139,10 +142,10 @@ class Trainer:
     def take_losses(self) -> tuple[list[float], int]:
         """Return sums over images of loss, cross-entropy and distance, and their number, of all
         processes since the last call; waits for the device."""
-        seen = torch.tensor([self._seen], device=self.world.device, dtype=torch.float64)
-        sums = self.world.sum(torch.cat((self._sums.double(), seen))).tolist()
-        self._sums.zero_()
-        self._seen = 0
+        seen = torch.tensor([self.images_seen], device=self.world.device, dtype=torch.float64)
+        sums = self.world.sum(torch.cat((self.loss_sums.double(), seen))).tolist()
+        self.loss_sums.zero_()
+        self.images_seen = 0
         return sums[:3], int(sums[3])
 
     # What a checkpoint holds of the training.

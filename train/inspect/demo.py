@@ -14,9 +14,9 @@ from ..demo.engine import (
     BATCH_SIZE,
     Method,
     Split,
-    _train_epoch,
     learning_rate_factor,
     predict,
+    train_epoch,
 )
 from ..demo.tasks import chosen_methods, split_on
 from .images import ImageSet
@@ -68,7 +68,7 @@ def _train(method: Method, split: Split, seed: int, epochs: int, keep: bool) -> 
     for epoch in range(epochs):
         model.train()
         model.set_epoch(epoch)
-        _train_epoch(model, split, optimizer, schedule, order)
+        train_epoch(model, split, optimizer, schedule, order)
         if keep and (epoch + 1 in KEPT or epoch + 1 == epochs):
             states.append(State(epoch=epoch + 1, model=_copy(model)))
     right = predict(model, split.test_images) == split.test_labels

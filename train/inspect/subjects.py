@@ -16,8 +16,7 @@ from tcpa.saving import CONFIG_FILE
 from ...cli import UsageError
 from ..backbones import ALIASES, load_backbone
 from ..demo import backbone as demo
-from ..engine.checkpoint import CURRENT, PREVIOUS
-from ..engine.checkpoint import _read as read_checkpoint
+from ..engine.checkpoint import CURRENT, PREVIOUS, read_checkpoint
 from ..engine.folder import ADAPTER
 from ..report.runs import SIGNS, finished_result, read_runs
 

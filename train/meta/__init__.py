@@ -1,0 +1,1 @@
+"""Meta-prompts of DAM-VP from several datasets."""
