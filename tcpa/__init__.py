@@ -12,7 +12,19 @@ from .build import create_model, wrap
 from .capture import BlockRecord, Capture
 from .config import HTA_DATASETS, PromptConfig, Savings, TCPAConfig, VPTConfig
 from .dispatch import choose_impl
-from .input_config import AutoVPConfig, DAMVPConfig, InputConfig, LIONConfig, VPConfig
+from .methods.input_config import AutoVPConfig, DAMVPConfig, InputConfig, LIONConfig, VPConfig
+from .methods.token_config import E2VPTConfig, GatedPromptConfig
+from .methods.tuning_config import (
+    AdapterTuning,
+    AdaptFormerTuning,
+    BiasTuning,
+    FullTuning,
+    HeadTuning,
+    LastBlockTuning,
+    MLPHeadTuning,
+    SideTuning,
+    TuningConfig,
+)
 from .model import Normalization, PromptedViT
 from .official import load_official_state_dict, official_state_dict
 from .ops import gated_attention, match_prompts, norm_match
@@ -25,18 +37,6 @@ from .reference import (
     unpack_gate,
 )
 from .saving import from_pretrained, save_pretrained
-from .token_config import E2VPTConfig, GatedPromptConfig
-from .tuning_config import (
-    AdapterTuning,
-    AdaptFormerTuning,
-    BiasTuning,
-    FullTuning,
-    HeadTuning,
-    LastBlockTuning,
-    MLPHeadTuning,
-    SideTuning,
-    TuningConfig,
-)
 
 __version__ = "0.1.0"
 

@@ -13,10 +13,10 @@ from . import blocks
 from .checks import require, require_choice, require_int
 from .config import PromptConfig, Savings, TCPAConfig
 from .dispatch import IMPLS, Impl
-from .input_config import InputConfig
+from .methods.input_config import InputConfig
+from .methods.parts import require_sensible
+from .methods.tuning_config import HeadTuning, MLPHeadTuning, SideTuning
 from .model import Normalization, PromptedViT, implementation_on
-from .parts import require_sensible
-from .tuning_config import HeadTuning, MLPHeadTuning, SideTuning
 
 _log = logging.getLogger("tcpa")
 

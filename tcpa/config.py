@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 from .checks import require, require_bool, require_choice, require_int, require_number
-from .token_config import E2VPTConfig, GatedPromptConfig
+from .methods.token_config import E2VPTConfig, GatedPromptConfig
 
 HTA_DATASETS = (
     "dtd",

@@ -21,13 +21,13 @@ from .capture import Capture
 from .checks import require, require_bool, require_int, require_shape, require_tensor
 from .config import PromptConfig, Savings
 from .dispatch import Impl, autocast_dtype, choose_impl
-from .input_config import InputConfig
-from .input_prompts import ClusterFramePrompt
-from .parts import make_parts
+from .methods.input_config import InputConfig
+from .methods.input_prompts import ClusterFramePrompt
+from .methods.parts import make_parts
+from .methods.tuning import backbone_parameters, dropout_layers, make_head
+from .methods.tuning_config import HeadTuning
 from .passes import Passes
 from .prompt_kv import ParameterCache, PromptKV, StackedProjections
-from .tuning import backbone_parameters, dropout_layers, make_head
-from .tuning_config import HeadTuning
 
 
 class Normalization(NamedTuple):

@@ -15,16 +15,16 @@ from . import blocks
 from .capture import Capture
 from .config import PromptConfig, Savings, TCPAConfig, VPTConfig
 from .dispatch import Impl
-from .fitting import Fitting
 from .forward import BlockSettings, run_block, run_block_on_tokens
-from .input_prompts import ClusterFramePrompt
-from .kv_prompts import E2VPTPrompts, GatedPrompts
-from .mapping import OutputMapping
+from .methods.fitting import Fitting
+from .methods.input_prompts import ClusterFramePrompt
+from .methods.kv_prompts import E2VPTPrompts, GatedPrompts
+from .methods.mapping import OutputMapping
+from .methods.tuning import SideNetwork
 from .ops import match_prompts, norm_match
 from .prompt_kv import ParameterCache, PromptKV, StackedProjections, prompt_keys_values
 from .prompts import PromptPools, TokenPrompts, ValueAffine
 from .reference import random_gate, role_gate
-from .tuning import SideNetwork
 
 _log = logging.getLogger("tcpa")
 

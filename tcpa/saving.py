@@ -25,11 +25,11 @@ from .build import create_model, require_covered, wrap
 from .checks import FLOAT_DTYPES, config_from_dict, require, require_bool, require_choice
 from .config import TOKEN_PROMPTS, PromptConfig, Savings
 from .dispatch import Impl
-from .input_config import INPUT_PROMPTS
-from .input_prompts import ClusterFramePrompt
+from .methods.input_config import INPUT_PROMPTS
+from .methods.input_prompts import ClusterFramePrompt
+from .methods.tuning import backbone_parameters
+from .methods.tuning_config import TUNINGS, HeadTuning
 from .model import PromptedViT
-from .tuning import backbone_parameters
-from .tuning_config import TUNINGS, HeadTuning
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -292,9 +292,9 @@ def test_tsne_keeps_groups_together() -> None:
 
 
 def test_many_points_need_open_tsne(monkeypatch) -> None:
-    from tcpa import inspect_features
+    from tcpa.inspect import feature_space
 
-    monkeypatch.setattr(inspect_features, "MANY", 10)
+    monkeypatch.setattr(feature_space, "MANY", 10)
     monkeypatch.setitem(sys.modules, "openTSNE", None)
     with pytest.raises(
         ModuleNotFoundError, match=r"got 11, more than the 10 .* pip install openTSNE"
@@ -330,7 +330,7 @@ def test_figures_have_titles_axes_and_units() -> None:
 @given(st.integers(0, 40))
 @settings(max_examples=10, deadline=None)
 def test_colours_are_colours_and_differ_up_to_24(count: int) -> None:
-    from tcpa.inspect_style import entry_colours, ink_on
+    from tcpa.inspect.style import entry_colours, ink_on
 
     colours = entry_colours(count)
     assert len(colours) == count and len(set(colours)) == min(count, 24)

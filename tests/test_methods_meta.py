@@ -23,7 +23,7 @@ from train_runs import CLASSES, MemorySource, make_config, make_splits
 
 import tcpa
 from tcpa.cli import UsageError
-from tcpa.input_prompts import STRIPS
+from tcpa.methods.input_prompts import STRIPS
 
 CPU = World(torch.device("cpu"))
 TINY = ARCHITECTURES["vit-tiny"]

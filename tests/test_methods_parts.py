@@ -16,9 +16,9 @@ from torch.autograd import gradcheck
 import tcpa
 from tcpa import wrap
 from tcpa.blocks import finish_block
-from tcpa.clusters import cluster_features
-from tcpa.equilibrium import contracted, equilibrium
-from tcpa.mapping import frequency_mapping
+from tcpa.methods.clusters import cluster_features
+from tcpa.methods.equilibrium import contracted, equilibrium
+from tcpa.methods.mapping import frequency_mapping
 
 TINY = ARCHITECTURES["vit-tiny"]
 F64 = torch.float64

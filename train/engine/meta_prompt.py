@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import tcpa
-from tcpa.input_prompts import STRIPS, ClusterFramePrompt
+from tcpa.methods.input_prompts import STRIPS, ClusterFramePrompt
 
 from ...cli import UsageError
 from ..files import write_whole

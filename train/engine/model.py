@@ -8,7 +8,7 @@ import torch
 
 import tcpa
 from tcpa.blocks import classifier_layers
-from tcpa.tuning_config import TRAINS_BACKBONE
+from tcpa.methods.tuning_config import TRAINS_BACKBONE
 
 from ...cli import UsageError
 from ..backbones import BackboneRecord, load_backbone

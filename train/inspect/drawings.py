@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 
 from tcpa import inspect
-from tcpa.inspect_style import STYLE
+from tcpa.inspect.style import STYLE
 
 from .measure import Inspection, Measured, Selected
 

@@ -7,7 +7,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from tcpa.inspect_style import entry_colours, ink_on
+from tcpa.inspect.style import entry_colours, ink_on
 
 from .measure import Inspection, Measured
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import blocks
-from .checks import require, require_int, require_tensor
-from .model import PromptedViT
+from .. import blocks
+from ..checks import require, require_int, require_tensor
+from ..model import PromptedViT
 
 Pool = Literal["cls", "image"]
 

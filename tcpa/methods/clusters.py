@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .checks import require
+from ..checks import require
 
 
 def cluster_features(

@@ -4,7 +4,7 @@ mapping, equilibrium layers."""
 from dataclasses import dataclass
 from typing import Literal
 
-from .checks import require, require_bool, require_choice, require_int, require_number
+from ..checks import require, require_bool, require_choice, require_int, require_number
 
 REFERENCE_SIDE = 224
 """Side of the images, pixels, for which the papers state their sizes."""

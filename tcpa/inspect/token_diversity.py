@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import require_tensor
-from .inspect_common import batches, evaluating
-from .model import PromptedViT
+from ..checks import require_tensor
+from ..model import PromptedViT
+from .common import batches, evaluating
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import require
+from ..checks import require
 from .clusters import cluster_features
 from .input_config import AutoVPConfig, DAMVPConfig, VPConfig
 

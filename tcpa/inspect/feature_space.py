@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import require, require_int, require_number
-from .inspect_common import batches, evaluating
-from .model import PromptedViT
+from ..checks import require, require_int, require_number
+from ..model import PromptedViT
+from .common import batches, evaluating
 
 MANY = 20_000
 """Points from which on scikit-learn's t-SNE takes too long."""

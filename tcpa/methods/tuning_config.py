@@ -6,7 +6,7 @@ Sources: the VPT repository (KMnP/vpt, commit 4410440) and ShoufaChen/AdaptForme
 from dataclasses import dataclass
 from typing import Literal
 
-from .checks import require_bool, require_choice, require_int, require_number
+from ..checks import require_bool, require_choice, require_int, require_number
 
 HEADS = ("linear", "prior", "normed")
 

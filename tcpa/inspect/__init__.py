@@ -11,11 +11,10 @@ import matplotlib, as `tsne` and `separation` import scikit-learn, only when the
 `plot`). For the raw tensors of one pass see `PromptedViT.capture`.
 """
 
-from .inspect_attention import AttentionMaps, attention_maps, patch_token
-from .inspect_common import Pool, patch_grid
-from .inspect_diversity import Diversity, diversity, effective_rank
-from .inspect_features import Separation, features, separation, tsne
-from .inspect_figures import (
+from .attention import AttentionMaps, attention_maps, patch_token
+from .common import Pool, patch_grid
+from .feature_space import Separation, features, separation, tsne
+from .figures import (
     Series,
     draw_attention,
     draw_attention_surface,
@@ -25,7 +24,7 @@ from .inspect_figures import (
     draw_selection,
     draw_usage,
 )
-from .inspect_selection import (
+from .selection import (
     Change,
     Overlap,
     Selections,
@@ -38,6 +37,7 @@ from .inspect_selection import (
     usage,
     why_nothing_is_selected,
 )
+from .token_diversity import Diversity, diversity, effective_rank
 
 __all__ = [
     "AttentionMaps",

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .checks import require, require_int
-from .inspect_style import COLOURS, INK, MARKERS, entry_colours, panel, styled
+from ..checks import require, require_int
+from .style import COLOURS, INK, MARKERS, entry_colours, panel, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .checks import require_int, require_number
+from ..checks import require_int, require_number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

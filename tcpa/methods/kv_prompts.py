@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import require
-from .prompts import drop_elements, init_tokens
+from ..checks import require
+from ..prompts import drop_elements, init_tokens
 from .token_config import E2VPTConfig, GatedPromptConfig
 
 TEMPERATURES = (0.01, 10.0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import require
+from ..checks import require
 from .input_config import AutoVPConfig
 
 

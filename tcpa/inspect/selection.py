@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import require, require_choice
-from .config import TCPAConfig
-from .inspect_common import Pool, batches, evaluating, patch_grid
-from .model import PromptedViT
-from .reference import cosine_similarity, rank_entries, split_gate
+from ..checks import require, require_choice
+from ..config import TCPAConfig
+from ..model import PromptedViT
+from ..reference import cosine_similarity, rank_entries, split_gate
+from .common import Pool, batches, evaluating, patch_grid
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)

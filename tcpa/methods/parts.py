@@ -6,15 +6,15 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from . import blocks
-from .checks import require
-from .config import PromptConfig, TCPAConfig, VPTConfig
+from .. import blocks
+from ..checks import require
+from ..config import PromptConfig, TCPAConfig, VPTConfig
+from ..prompts import PromptPools, TokenPrompts, ValueAffine, make_image_prompt
 from .equilibrium import EquilibriumFeaturePrompt, EquilibriumImagePrompt
 from .input_config import AutoVPConfig, DAMVPConfig, InputConfig, LIONConfig
 from .input_prompts import BorderPrompt, ClusterFramePrompt, FramePrompt, image_size
 from .kv_prompts import E2VPTPrompts, GatedPrompts
 from .mapping import OutputMapping
-from .prompts import PromptPools, TokenPrompts, ValueAffine, make_image_prompt
 from .token_config import E2VPTConfig, GatedPromptConfig
 from .tuning import ALEXNET_PIXELS, Adapter, SideNetwork
 from .tuning_config import (

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import blocks
+from .. import blocks
 from .tuning_config import (
     AdapterTuning,
     AdaptFormerTuning,

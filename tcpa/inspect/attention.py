@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import require_int
-from .inspect_common import batches, evaluating, patch_grid
-from .model import PromptedViT
+from ..checks import require_int
+from ..model import PromptedViT
+from .common import batches, evaluating, patch_grid
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import blocks
-from .checks import require
-from .forward import BlockSettings, run_block
+from .. import blocks
+from ..checks import require
+from ..forward import BlockSettings, run_block
 from .input_prompts import ClusterFramePrompt
 
 
