@@ -101,6 +101,17 @@ def test_every_row_is_tuned_on_folds_of_the_training_images():
         assert chosen == best_pair(by_decay), row.name
 
 
+def test_the_results_page_has_every_row_with_its_recorded_rate():
+    page = (TUNED_ROWS.parent / "README.md").read_text(encoding="utf-8")
+    tuned = tuned_settings()
+    found, reasons = find_rows(["all"])
+    for row in found:
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| {row.label} |"))
+        rate, decay = (f"{tuned[row.name][key]:g}" for key in ("learning_rate", "weight_decay"))
+        assert line.endswith(f"| {rate} | {decay} |"), line
+    assert all(f"{name} is left out: {reason}" in page for name, reason in reasons.items())
+
+
 def accuracy_of(task):
     """A made-up landscape: the best pair is (0.1, 0.5), but decay matters only there."""
     method = task.method
