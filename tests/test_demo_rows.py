@@ -34,14 +34,19 @@ def tiny():
     )  # fmt: skip
 
 
-def test_every_row_runs_or_says_why_not():
+def test_every_row_runs_or_says_why_not(monkeypatch):
     found, reasons = find_rows(["all"])
-    assert [row.name for row in found] == [name for name in METHODS if name not in reasons]
-    assert reasons.keys() <= {"sidetune"}
-    assert "AlexNet" in reasons["sidetune"]
+    assert [row.name for row in found] == list(METHODS) and not reasons
+    deep = tcpa.LastBlockTuning(num_blocks=99)
+    monkeypatch.setitem(METHODS, "partial-1", replace(METHODS["partial-1"], tuning=deep))
+    found, reasons = find_rows(["all"])
+    assert "partial-1" not in [row.name for row in found]
+    assert "num_blocks: got 99" in reasons["partial-1"]
+    with pytest.raises(UsageError, match=r"--methods: got 'partial-1', .*num_blocks: got 99"):
+        find_rows(["partial-1"])
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "sidetune"])
+@pytest.mark.parametrize("name", list(METHODS))
 def test_a_row_trains_what_its_registry_entry_trains(name, tiny):
     row, entry = choices_of(name), METHODS[name]
     assert type(row.tuning) is type(entry.tuning)
@@ -205,10 +210,11 @@ def test_the_table_holds_every_row_and_how_its_rate_was_chosen(tmp_path, capsys)
 
 
 def test_all_lists_what_is_left_out(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(rows, "METHODS", {name: METHODS[name] for name in ("linear", "sidetune")})
+    deep = replace(METHODS["partial-1"], tuning=tcpa.LastBlockTuning(num_blocks=99))
+    monkeypatch.setattr(rows, "METHODS", {"linear": METHODS["linear"], "partial-1": deep})
     assert main(["demo", "--quick", "--methods", "all", "--output", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "methods.md").read_text(encoding="utf-8")
-    assert "- sidetune is left out: tuning: got 1 channels, expected 3" in text
+    assert "- partial-1 is left out: tuning: num_blocks: got 99, expected at most" in text
 
 
 def test_gains_are_taken_seed_by_seed():
@@ -243,7 +249,6 @@ def test_a_row_whose_choices_changed_is_not_taken_as_tuned(monkeypatch):
     [
         (["--methods", "vpt-dep"], "--methods: got 'vpt-dep', expected all, full"),
         (["--methods", "vpt-dep"], "did you mean vpt-deep?"),
-        (["--methods", "sidetune"], "which AlexNet reads"),
         (["--methods", "linear", "linear"], "--methods: got linear, linear, expected different"),
         (["--methods"], "--methods: got no value"),
     ],

@@ -19,6 +19,7 @@ from tcpa.blocks import finish_block
 from tcpa.methods.clusters import cluster_features
 from tcpa.methods.equilibrium import contracted, equilibrium
 from tcpa.methods.mapping import frequency_mapping
+from tcpa.methods.tuning import for_alexnet
 
 TINY = ARCHITECTURES["vit-tiny"]
 F64 = torch.float64
@@ -577,10 +578,28 @@ def test_what_makes_no_sense_is_refused_with_the_reason(choices, kind, message):
         wrap(TINY.create(), **({"config": None} | choices))
 
 
+def test_the_side_network_takes_grey_and_small_images():
+    grey = torch.randn(2, 1, 21, 42)
+    seen = for_alexnet(grey)
+    assert seen.shape == (2, 3, 63, 126) and torch.equal(seen[:, 0], seen[:, 2])
+    large = torch.randn(1, 3, 64, 63)
+    assert torch.equal(for_alexnet(large), large)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, in_chans=1)
+    side = tcpa.SideTuning(pretrained=False)
+    model = wrap(vit, None, num_classes=3, tuning=side, normalization=((0.5,), (0.5,)))
+    model(torch.randn(2, 1, 32, 32)).sum().backward()
+    assert all(p.grad is not None for p in model.side.parameters())
+
+
 def test_backbones_that_a_choice_does_not_fit_are_refused():
-    small = timm.create_model("vit_tiny_patch16_224", img_size=48, depth=1)
-    with pytest.raises(ValueError, match=r"tuning: got images of .*expected 63 pixels or more"):
-        wrap(small, None, tuning=tcpa.SideTuning(pretrained=False))
+    radar = timm.create_model("vit_tiny_patch16_224", img_size=48, depth=1, in_chans=4)
+    with pytest.raises(ValueError, match="tuning: got 4 channels, expected 1 or 3, which AlexNet"):
+        wrap(
+            radar,
+            None,
+            tuning=tcpa.SideTuning(pretrained=False),
+            normalization=((0.5,) * 4, (0.5,) * 4),
+        )
     two = ARCHITECTURES["deit-distilled"].create()
     with pytest.raises(ValueError, match="tuning: got a backbone with 2 heads, expected one feat"):
         wrap(two, None, input_prompt=tcpa.LIONConfig())

@@ -16,7 +16,7 @@ from .input_prompts import BorderPrompt, ClusterFramePrompt, FramePrompt, image_
 from .kv_prompts import E2VPTPrompts, GatedPrompts
 from .mapping import OutputMapping
 from .token_config import E2VPTConfig, GatedPromptConfig
-from .tuning import ALEXNET_PIXELS, Adapter, SideNetwork
+from .tuning import Adapter, SideNetwork
 from .tuning_config import (
     TRAINS_BACKBONE,
     AdapterTuning,
@@ -139,7 +139,9 @@ def require_sensible(
     reason, remedy = f"a backbone with {heads} heads", "use one with one head"
     require(not needs_feature or heads == 1, "tuning", reason, "one feature to blend", remedy)
     if isinstance(tuning, SideTuning):
-        _require_alexnet(backbone)
+        channels, remedy = blocks.input_channels(backbone), "use another tuning"
+        fits = channels in (1, 3)
+        require(fits, "tuning", f"{channels} channels", "1 or 3, which AlexNet can read", remedy)
     if isinstance(input_prompt, AutoVPConfig) and input_prompt.maps_logits:
         plain = not isinstance(tuning, MLPHeadTuning) and tuning.head == "linear"
         reason = f"HeadTuning(): mapping={input_prompt.mapping!r} keeps the model's own head"
@@ -147,12 +149,3 @@ def require_sensible(
         remedy = "pass num_classes"
         require(bool(num_classes), "num_classes", num_classes, "the classes to map to", remedy)
         require(heads == 1, "mapping", f"a backbone with {heads} heads", "one head", "use head")
-
-
-def _require_alexnet(backbone: Any) -> None:
-    channels, size = blocks.input_channels(backbone), backbone.patch_embed.img_size
-    got, remedy = f"{channels} channels", "use another tuning"
-    require(channels == 3, "tuning", got, "3, which AlexNet reads", remedy)
-    small = size is not None and min(size) < ALEXNET_PIXELS
-    expected = f"{ALEXNET_PIXELS} pixels or more, which AlexNet needs"
-    require(not small, "tuning", f"images of {size}", expected, "use larger images")

@@ -113,6 +113,16 @@ class Adapter(nn.Module):
         return (out * factor).to(x.dtype)
 
 
+def for_alexnet(images: Tensor) -> Tensor:
+    """Return images `[B, 1 or 3, H, W]` as AlexNet takes them: three channels, grey ones three
+    times, and a shorter side of 63 pixels at least, small ones enlarged."""
+    shorter = min(images.shape[-2:])
+    if shorter < ALEXNET_PIXELS:
+        size = [round(side * ALEXNET_PIXELS / shorter) for side in images.shape[-2:]]
+        images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+    return images.expand(-1, 3, -1, -1)
+
+
 class SideNetwork(nn.Module):
     """AlexNet's convolutions on the image, mapped to the backbone's width and blended with its
     feature; sigmoid of `blend`, 0 at first, is the backbone's share."""
@@ -147,7 +157,7 @@ class SideNetwork(nn.Module):
 
     def forward(self, features: Tensor, images: Tensor) -> Tensor:
         """Blend the backbone's features `[B, C]` with those of images `[B, 3, H, W]`."""
-        x = self.features(images.to(self.project.weight.dtype))
+        x = self.features(for_alexnet(images.to(self.project.weight.dtype)))
         if x.shape[-2:] != (6, 6):
             x = self.pool(x)
         x = x.flatten(1)

@@ -102,7 +102,10 @@ class AdaptFormerTuning(HeadTuning):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SideTuning(HeadTuning):
-    """Train a side network, AlexNet's convolutions, and the head: s f + (1 - s) W AlexNet(x)."""
+    """Train a side network, AlexNet's convolutions, and the head: s f + (1 - s) W AlexNet(x).
+
+    Grey images are given to it three times, images of less than 63 pixels enlarged.
+    """
 
     pretrained: bool = True
     """Start AlexNet from torchvision's ImageNet-1k weights, which are downloaded once. False:

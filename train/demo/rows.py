@@ -33,8 +33,8 @@ ADAPTED = (
     f"{PROMPT_ROWS} prompt rows a block wherever there are any, without dropout (pools of "
     f"{PROMPT_ROWS // 2} and {PROMPT_ROWS // 2} with top-5, E2VPT {PROMPT_ROWS // 2} tokens and "
     f"{PROMPT_ROWS // 2} key-value prompts); frames, and the bottleneck of AdaptFormer, in "
-    "proportion; every row with AdamW and the same schedule in place of its own, and with the same "
-    "linear head"
+    "proportion; Sidetune's AlexNet from random values, on enlarged images; every row with AdamW "
+    "and the same schedule in place of its own, and with the same linear head"
 )
 """What differs from the registry, for readers of the table."""
 
@@ -95,6 +95,9 @@ def _our_pools() -> tcpa.TCPAConfig:
 
 def _tuning(config: tcpa.TuningConfig) -> tcpa.TuningConfig:
     changes: dict[str, Any] = {"head": "linear"}
+    if isinstance(config, tcpa.SideTuning):
+        # The demo downloads nothing.
+        changes["pretrained"] = False
     if isinstance(config, tcpa.AdaptFormerTuning):
         width = load_backbone().embed_dim
         changes["bottleneck"] = max(config.bottleneck * width // REGISTRY_WIDTH, 1)
