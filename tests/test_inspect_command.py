@@ -247,9 +247,16 @@ def test_a_finished_run_with_its_checkpoints(tmp_path) -> None:
     options = {"images": images, "output": tmp_path / "out", "show": 1, "device": "cpu"}
     options |= {"patches": ("0,0",)}
     weights = tmp_path / "vit.safetensors"
-    with pytest.raises(UsageError, match=r"could not be loaded|an adapter for test_vit"):
-        run_inspect(InspectConfig(runs=(folder,), **options))
     # The run's backbone has random weights, which come from its seed.
+    page = run_inspect(InspectConfig(runs=(folder,), **options))
+    assert numbers(page)["models"][0]["accuracy_percent"] == pytest.approx(result.accuracy)
+    described = (folder / "config.json").read_text()
+    named = described.replace('"weights": "none"', '"weights": "my.pth"')
+    assert named != described
+    (folder / "config.json").write_text(named)
+    with pytest.raises(UsageError, match="--weights: got none, expected the file my"):
+        run_inspect(InspectConfig(runs=(folder,), **options))
+    (folder / "config.json").write_text(described)
     from safetensors.torch import save_file
 
     torch.manual_seed(3407)

@@ -13,6 +13,7 @@ from tcpa.train.backbones import load_backbone
 from tcpa.train.engine.checkpoint import CURRENT
 from tcpa.train.engine.distributed import World
 from tcpa.train.engine.inputs import Splits
+from tcpa.train.engine.loop import Loop
 from tcpa.train.engine.model import build_model
 from tcpa.train.engine.precision import NUMERICS
 from tcpa.train.engine.pruning import mask_importance
@@ -250,6 +251,25 @@ def test_pruning_rewinds_what_is_left(tmp_path):
     assert not trainer.optimizer.state
 
 
+def test_only_the_pruned_model_can_be_chosen(tmp_path, monkeypatch):
+    """Whatever the accuracies before the last pruning were."""
+    real, epochs = Loop.evaluate, []
+
+    def falling(self, split, journal, *, epoch, **rest):
+        epochs.append(epoch)
+        return dataclasses.replace(
+            real(self, split, journal, epoch=epoch, **rest), accuracy=100.0 / epoch
+        )
+
+    monkeypatch.setattr(Loop, "evaluate", falling)
+    config = config_for("e2vpt", tmp_path, epochs=2, prune_tokens=0.4, prune_segments=0.5)
+    result = run(config, splits_for("e2vpt"))
+    assert epochs == [1, 2, 3, 4] and result.epoch == 3
+    folder = run_folder(config, resolve(config))
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert saved["tokens.token_mask"].sum() == 3
+
+
 def test_importance_is_how_the_loss_changes_with_a_mask(tmp_path):
     trainer = make_trainer("e2vpt", tmp_path)
     trainer.begin(0)
@@ -315,7 +335,9 @@ def test_precisions_keep_what_is_counted(tmp_path):
 
 @pytest.mark.parametrize("mapping", ["full", "frequency", "iterative"])
 def test_autovp_maps_the_heads_logits_and_goes_on(mapping, tmp_path):
-    options = {"mapping": mapping, "mapping_sources": 2, "protocol": "last"}
+    options = {"mapping": mapping, "protocol": "last"}
+    if mapping != "full":
+        options["mapping_sources"] = 2
     whole, stopped = (config_for("autovp", tmp_path / name, **options) for name in ("a", "b"))
     result = run(whole, splits_for("autovp"))
     # test_vit has 1000 source classes.
@@ -337,6 +359,8 @@ def test_autovp_maps_the_heads_logits_and_goes_on(mapping, tmp_path):
 def test_mappings_are_refused_where_they_mean_nothing(tmp_path):
     with pytest.raises(UsageError, match="--mapping: got full with --method vp, expected a method"):
         resolve(config_for("vp", tmp_path, mapping="full"))
+    with pytest.raises(UsageError, match="--mapping-sources: got 3 with --mapping full, expected "):
+        resolve(config_for("autovp", tmp_path, mapping="full", mapping_sources=3))
     with pytest.raises(UsageError, match="--mapping-sources: sources: got 0, expected an integer"):
         resolve(config_for("autovp", tmp_path, mapping="frequency", mapping_sources=0))
     many = config_for("autovp", tmp_path, mapping="frequency", mapping_sources=300)

@@ -301,6 +301,11 @@ def test_an_unknown_backbone_is_named(name, near):
     assert f"did you mean {near}?" in str(caught.value)
 
 
+def test_an_image_size_that_makes_no_whole_patches_is_named():
+    with pytest.raises(UsageError, match="--image-size: got 40, expected a multiple of the 16 pix"):
+        load_backbone("test_vit", "none", image_size=40)
+
+
 def test_an_architecture_that_is_none_is_named_and_not_its_size():
     with pytest.raises(UsageError, match=r"--backbone: got resnet18: .*use one of timm's"):
         load_backbone("resnet18", "none", image_size=96)

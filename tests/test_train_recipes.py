@@ -123,6 +123,10 @@ def test_bugs_of_a_source_come_back_for_parity():
     assert recipe("cub", "dam-vp_parity").momentum == 0.0
     adapter = recipe("cub", "adapter_parity").tuning
     assert isinstance(adapter, tcpa.AdapterTuning) and adapter.zero_init
+    for method in ("dam-vp", "adapter"):
+        assert "corrected: " in recipe("cub", method).note
+        repeated = recipe("cub", f"{method}_parity").note
+        assert "corrected" not in repeated and "repeats the known bugs" in repeated
     with pytest.raises(UsageError, match="--parity: got parity with VFPT, expected a method whose"):
         recipe("cub", "vfpt_parity")
 

@@ -85,6 +85,10 @@ def load_backbone(
     got, remedy = f"{weights} with --mapping", "use the weights of timm, whose head is known"
     require(not (head and from_file), "--weights", got, "pretrained or none", remedy)
     model = _create(full, image_size, pretrained=weights == "pretrained", head=head)
+    patches = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
+    expected = f"a multiple of the {patches[0]} pixels of a patch of {full}"
+    fits = image_size % patches[0] == 0 == image_size % patches[1]
+    require(fits, "--image-size", image_size, expected, "change it")
     path = None
     if weights == "pretrained":
         path = hub.cached_file(full)

@@ -211,13 +211,19 @@ def _changed(made: Recipe, row: Method, changes: Mapping[str, str]) -> Recipe:
     return replace(made, **changed)
 
 
+CORRECTED = "corrected: "
+"""Begins the part of a row's note that says which bug of its source is not repeated."""
+
+
 def _note(dataset: str, row: Method, changes: Mapping[str, str]) -> str:
     notes = []
     if dataset not in SCRIPTS and row.training is None:
         bare = ", without augmentation and mixing" if dataset in VTAB else ""
         notes.append(f"no recipe is published for this dataset; that of {STAND_IN} was taken{bare}")
     if row.note:
-        notes.append(row.note)
+        parts = row.note.split("; ")
+        repeated = "parity" in changes
+        notes += [p for p in parts if not (repeated and p.startswith(CORRECTED))]
     if changes.keys() & {"input", "tuning"}:
         notes.append(f"trained as {row.label}, of which a choice was replaced")
     if "parity" in changes:

@@ -218,6 +218,8 @@ class Loop:
             done = self.stages.before(epoch)
             if done is not None:
                 display.say(done)
+            if self.stages.begins_anew(epoch):
+                state.best_epoch, state.best_accuracy, self.best = 0, -1.0, {}
         trainer.begin(epoch)
         self._mark = time.perf_counter() - state.unlooked_seconds
         state.unlooked_seconds = 0.0

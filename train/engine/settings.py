@@ -97,6 +97,10 @@ def _with_mapping(config: RunConfig, found: Recipe) -> Recipe:
         if getattr(config, option) is not None:
             _require_method(config, option, isinstance(prompt, tcpa.AutoVPConfig), "with AutoVP")
     assert isinstance(prompt, tcpa.AutoVPConfig)
+    mapping = config.mapping or prompt.mapping
+    counts = config.mapping_sources is None or mapping in ("frequency", "iterative")
+    got = f"{config.mapping_sources} with --mapping {mapping}"
+    require(counts, "--mapping-sources", got, "--mapping frequency or iterative", "leave it out")
     try:
         return replace(found, input_prompt=replace(prompt, **given))
     except ValueError as error:

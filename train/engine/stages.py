@@ -54,10 +54,14 @@ class Stages:
                 return self._fit_mapping(epoch)
         except ValueError as error:
             raise UsageError(f"--method {settings.method}: {error}") from None
-        begins_round = epoch > 0 and epoch * settings.rounds % settings.epochs == 0
-        if begins_round and isinstance(model.tokens, E2VPTPrompts):
+        if self.begins_anew(epoch) and isinstance(model.tokens, E2VPTPrompts):
             return self._prune(model.tokens)
         return None
+
+    def begins_anew(self, epoch: int) -> bool:
+        """Whether another model is trained from an epoch on: earlier ones cannot be chosen."""
+        settings = self._settings
+        return epoch > 0 and epoch * settings.rounds % settings.epochs == 0
 
     def _fit_clusters(self) -> str:
         """Cluster the first training images as they come, of all processes alike."""

@@ -36,8 +36,9 @@ class InspectConfig:
     backbone: str | None = None
     """timm model, if not the one that the adapter names."""
 
-    weights: str = "pretrained"
-    """Weights of the backbone: pretrained (timm's) or a file, as for `run`."""
+    weights: str | None = None
+    """Weights of the backbone: pretrained (timm's), none or a file, as for `run`; by default those
+    of the first run, timm's for an adapter."""
 
     max_images: int = 500
     """Images to read; more are left out at random."""

@@ -17,7 +17,8 @@ from ...cli import UsageError
 from ..backbones import ALIASES, load_backbone
 from ..demo import backbone as demo
 from ..engine.checkpoint import CURRENT, PREVIOUS, read_checkpoint
-from ..engine.folder import ADAPTER
+from ..engine.folder import ADAPTER, CONFIG
+from ..files import read_json
 from ..report.runs import SIGNS, finished_result, read_runs
 
 BARE = "no prompt"
@@ -153,7 +154,7 @@ def _described(adapter: Adapter) -> str:
 class Backbones:
     """Creates fresh copies of the one backbone of an inspection."""
 
-    def __init__(self, name: str | None, weights: str, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, name: str | None, weights: str | None, adapters: Sequence[Adapter]) -> None:
         adapter = adapters[0]
         self.name = name or adapter.name
         size = adapter.backbone["image_size"]
@@ -163,6 +164,9 @@ class Backbones:
         try:
             options: dict[str, Any] = {"image_size": int(size[0])} if size else {}
             options["head"] = any(adapter.mapped for adapter in adapters)
+            weights, seed = (weights, None) if weights else _weights_of(adapter)
+            if seed is not None:
+                torch.manual_seed(seed)
             self._model, _ = load_backbone(self.name, weights, **options)
         except UsageError as error:
             raise UsageError(f"{error} (the adapter is for {_described(adapter)})") from None
@@ -200,6 +204,17 @@ class Backbones:
         return tcpa.wrap(self.fresh(), None, normalization=(mean, std)).eval()
 
 
+def _weights_of(adapter: Adapter) -> tuple[str, int | None]:
+    """Return the weights with which a run was trained, and the seed of random ones."""
+    config = read_json(adapter.run / CONFIG) if adapter.run else None
+    if not isinstance(config, dict):
+        return "pretrained", None
+    weights, seed = config["options"]["weights"], config["recipe"]["seed"]
+    if weights not in ("pretrained", "none"):
+        raise UsageError(f"--weights: got none, expected the file {weights} of the run; pass it")
+    return weights, seed if weights == "none" else None
+
+
 def _is_demo(adapter: Adapter) -> bool:
     own = demo.load_backbone()
     settings = json.loads(json.dumps(blocks.settings(own)))
@@ -207,7 +222,7 @@ def _is_demo(adapter: Adapter) -> bool:
 
 
 def load_subjects(
-    runs: Sequence[Path], checkpoints: Sequence[Path], backbone: str | None, weights: str
+    runs: Sequence[Path], checkpoints: Sequence[Path], backbone: str | None, weights: str | None
 ) -> tuple[list[Subject], str]:
     """Load runs and adapters, and the bare backbone after them.
 
