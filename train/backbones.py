@@ -253,7 +253,9 @@ def _fill_from_npz(model: nn.Module, path: Path) -> None:
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
     try:
-        cast(Any, model).load_pretrained(str(path))
+        # timm does not close what it opens by name.
+        with path.open("rb") as file:
+            cast(Any, model).load_pretrained(file)
     except KeyError as error:
         raise _refusal(model, path, [f"missing {error.args[0]}"]) from None
     except AttributeError:
