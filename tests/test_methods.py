@@ -225,6 +225,12 @@ def test_clusters_are_found_before_the_first_step(tmp_path):
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert adapter["input_prompt.prototypes"].shape == (16, 64)
     assert adapter["input_prompt.up"].shape[0] == 16 and result.trainable > 16
+    three = config_for("dam-vp", tmp_path, clusters=3)
+    assert resolve(three).input_prompt.num_clusters == 3
+    with pytest.raises(UsageError, match="--clusters: got 1, expected an integer from 2 to 1000"):
+        resolve(config_for("dam-vp", tmp_path, clusters=1))
+    with pytest.raises(UsageError, match="--clusters: got 3 with --method vfpt, expected a method"):
+        resolve(config_for("vfpt", tmp_path, clusters=3))
     few = config_for("dam-vp", tmp_path / "few", protocol="last", batch_size=4)
     with pytest.raises(UsageError, match="images: got 12, expected at least 16, one for each"):
         run(few, splits_for("dam-vp", count=12, batch_size=4))

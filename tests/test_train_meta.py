@@ -28,6 +28,7 @@ def test_a_run_starts_from_what_was_learned_on_other_datasets(data, tmp_path, ca
     assert command(data, "meta-prompt", "dtd", "flower102", *options) == 0
     printed = capsys.readouterr().out
     assert "dtd: 16 clusters of" in printed and "flower102: 16 clusters of" in printed
+    assert "step 1 of" in printed and "about 0 s left" in printed
     assert str(path) in printed and "--meta-prompt" in printed
     strips = load_meta_prompt(path)
     assert [list(strip.shape) for strip in strips] == [[3, 4, 32]] * 2 + [[3, 24, 4]] * 2

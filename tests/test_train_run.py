@@ -312,7 +312,7 @@ def test_an_altered_result_is_refused_and_written_again(tmp_path):
     path = folder / "result.json"
     values = json.loads(path.read_text())
     for altered, message in (
-        ({}, "not written by this version"),
+        ({}, "not what this version of tcpa writes"),
         (values | {"accuracy": 99.9}, r"damaged or altered: .*; if only result\.json is"),
     ):
         path.write_text(json.dumps(altered))

@@ -98,6 +98,7 @@ CONFIGS = {
         tuning="bias",
         mapping="full",
         mapping_sources=5,
+        clusters=7,
         parity=True,
         prune_tokens=0.5,
         prune_segments=0.25,

@@ -81,6 +81,9 @@ class TrainOptions:
     mapping_sources: int | None = None
     """autovp: source classes of a class for frequency and iterative, 1 by default."""
 
+    clusters: int | None = None
+    """dam-vp: clusters of training images, 2 or more; the recipe's by default."""
+
     prune_tokens: float = 0.0
     """e2vpt: share of the prompt tokens to prune after the training, which is then done once more
     with what is left, from the first values (rewinding)."""

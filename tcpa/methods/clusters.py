@@ -31,7 +31,7 @@ def cluster_features(
 
     count = len(features)
     least = 2 if num_clusters is None else num_clusters
-    bound, remedy = f"at least {least}, one for each cluster", "use more, or ask for fewer clusters"
+    bound, remedy = f"at least {least}, one for each cluster", "use more, or fewer clusters"
     require(count >= least, "images", count, bound, remedy)
     finite = bool(torch.isfinite(features).all())
     require(finite, "features", "NaN or infinity", "finite values", "check images and weights")

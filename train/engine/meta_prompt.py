@@ -4,7 +4,7 @@ A meta-prompt is a safetensors file with the four strips of a frame.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,11 @@ class Task:
     source: Source
 
 
-def meta_train(tasks: Sequence[Task], settings: MetaTraining) -> list[Tensor]:
+def meta_train(
+    tasks: Sequence[Task],
+    settings: MetaTraining,
+    on_step: Callable[[int, int], None] = lambda step, total: None,
+) -> list[Tensor]:
     """Train a meta-prompt.
 
     In a step every task starts the frames of its clusters from the meta-prompt, takes
@@ -61,6 +65,7 @@ def meta_train(tasks: Sequence[Task], settings: MetaTraining) -> list[Tensor]:
     Args:
         tasks: at least one; their frames have one size, their heads are trained along.
         settings: see `MetaTraining`.
+        on_step: is told after every step its number, from 1, and how many there are.
 
     Returns:
         The strips up, down, left, right.
@@ -101,6 +106,7 @@ def meta_train(tasks: Sequence[Task], settings: MetaTraining) -> list[Tensor]:
         for index, value in enumerate(meta):
             copies = torch.cat([strips[index] for strips in found])
             value -= settings.meta_rate * (value - copies).mean(0)
+        on_step(step + 1, total)
     return meta
 
 

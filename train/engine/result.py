@@ -72,10 +72,10 @@ class Result:
 def read_result(folder: Path, values: dict[str, Any]) -> Result:
     try:
         return Result(**values)
-    except TypeError as error:
+    except TypeError:
         raise UsageError(
-            f"{folder / RESULT}: not written by this version of tcpa ({error}); keep it elsewhere "
-            "and delete the folder to train again"
+            f"{folder / RESULT}: not what this version of tcpa writes; keep it elsewhere and "
+            "delete the folder to train again"
         ) from None
 
 

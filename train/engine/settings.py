@@ -115,6 +115,15 @@ def _with_stages(config: RunConfig, found: Recipe) -> Recipe:
     require(fits, "--meta-prompt", got, "a method with DAM-VP's clusters", "leave it out")
     there = config.meta_prompt is None or config.meta_prompt.is_file()
     require(there, "--meta-prompt", config.meta_prompt, "a file of meta-training", "check the path")
+    if config.clusters is not None:
+        _require_method(config, "clusters", clustered, "with DAM-VP's clusters")
+        assert isinstance(found.input_prompt, tcpa.DAMVPConfig)
+        try:
+            prompt = replace(found.input_prompt, num_clusters=config.clusters)
+        except ValueError as error:
+            text = str(error).removeprefix("num_clusters")
+            raise UsageError(f"--clusters{text}") from None
+        found = replace(found, input_prompt=prompt)
     shares = {"prune_tokens": config.prune_tokens, "prune_segments": config.prune_segments}
     for option in (option for option, share in shares.items() if share > 0):
         _require_method(config, option, isinstance(found.prompts, tcpa.E2VPTConfig), "with E2VPT")

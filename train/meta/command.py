@@ -1,5 +1,7 @@
 """Meta-training from the command line: open datasets, fit clusters, train, write one file."""
 
+import time
+
 from rich.console import Console
 
 from ...cli import UsageError, require_writable
@@ -11,6 +13,9 @@ from ..engine.settings import resolve
 from ..engine.stages import Stages
 from ..engine.steps import Trainer
 from .config import MetaPromptConfig
+
+TIMES = 20
+"""How often the progress is told."""
 
 
 def train_meta_prompt(config: MetaPromptConfig) -> None:
@@ -33,7 +38,15 @@ def train_meta_prompt(config: MetaPromptConfig) -> None:
             learning_rate=config.learning_rate,
             seed=config.seed,
         )
-        save_meta_prompt(meta_train(tasks, settings), config.output)
+        started = time.monotonic()
+
+        def say(step: int, total: int) -> None:
+            """Tell twenty times how far it is, and after the first step."""
+            if step == 1 or step * TIMES // total > (step - 1) * TIMES // total:
+                left = (time.monotonic() - started) / step * (total - step)
+                console.print(f"step {step:,} of {total:,}, about {left:,.0f} s left")
+
+        save_meta_prompt(meta_train(tasks, settings, say), config.output)
     console.print(f"{config.output}: pass it as --meta-prompt to run --method dam-vp")
 
 

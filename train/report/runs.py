@@ -277,7 +277,10 @@ def _check_result(run: Run, result: dict[str, Any]) -> None:
     chosen_on = CHOOSES_ON[run.protocol]
     if chosen_on is not None:
         # Of equal epochs the first one, as in the engine.
+        # Pruning begins anew: only the epochs after it can be chosen.
+        earlier = run.recipe["epochs"] - run.recipe["epochs"] // run.recipe.get("rounds", 1)
         points = run.points("evaluation", "accuracy", split=chosen_on)
+        points = [point for point in points if point[0] > earlier]
         best, _ = max(points, key=lambda point: point[1], default=(None, 0.0))
         if best != epoch:
             raise _Damaged(
