@@ -26,6 +26,8 @@ TRAINING = [c for c in COMMANDS if re.match(PROGRAMS, c)]
 TESTED_ELSEWHERE = {
     "make test": "this run",
     "python -m tcpa.verify tests/golden/*.npz": "test_golden.py, file by file",
+    "python -m tcpa.verify --plain tests/golden/vfpt_deep_10.npz": "test_golden.py, every file",
+    "tcpa-train inspect --demo": "test_inspect_command.py, with --quick",
     **dict.fromkeys(TRAINING, "test_training_commands"),
 }
 QUICK = ["--quick", "--output", "TMP/out"]
