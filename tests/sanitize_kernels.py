@@ -9,6 +9,11 @@ from tcpa.kernels import gated_attention, match_prompts, norm_match
 from tcpa import pack_gate
 
 
+def require_finite(*tensors):
+    """What reads outside its inputs seldom stays finite."""
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
 def attention(device, dtype, per_sample):
     """Remainders everywhere: 19 queries, 21 keys, 35 prompts, 20 columns."""
     lead = (2,) if per_sample else ()
@@ -18,7 +23,7 @@ def attention(device, dtype, per_sample):
     leaves = [tensor.requires_grad_() for tensor in (q, k, v, kp, vp)]
     for normalize_over in ("all", "visible"):
         out = gated_attention(*leaves, gate, normalize_over=normalize_over)
-        torch.autograd.grad(out.float().sum(), leaves)
+        require_finite(out, *torch.autograd.grad(out.float().sum(), leaves))
 
 
 def matching(device, dtype):
@@ -27,10 +32,11 @@ def matching(device, dtype):
     keys = [torch.randn(n, 72, device=device).requires_grad_() for n in (5, 14)]
     options = {"cls_top_k": 2, "image_top_k": 3, "lengths": (3, 2)}
     _, distance = match_prompts(x, *keys, **options)
-    torch.autograd.grad(distance, [x, *keys])
+    require_finite(distance, *torch.autograd.grad(distance, [x, *keys]))
     weight, bias = torch.randn(2, 72, device=device, dtype=dtype)
     normed, _, distance = norm_match(x, weight, bias, 1e-6, *keys, **options)
-    torch.autograd.grad(normed.float().sum() + distance, [x, *keys])
+    found = torch.autograd.grad(normed.float().sum() + distance, [x, *keys])
+    require_finite(normed, distance, *found)
 
 
 def main() -> None:

@@ -191,11 +191,9 @@ def tensors_of(folder):
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("dam-vp", {}),
+        *((method, {}) for method in METHODS),
         ("dam-vp+tcpa", {"precision": "bf16"}),
         ("e2vpt", {"prune_tokens": 0.4, "prune_segments": 0.5, "epochs": 1}),
-        ("adaptformer", {}),
-        ("autovp", {}),
     ],
 )
 def test_a_run_that_stops_goes_on_as_if_it_had_not(method, options, tmp_path):

@@ -18,12 +18,12 @@ from ..engine.record import describe_environment
 from ..files import write_whole
 from ..precision import fast_dtype
 from .config import DemoConfig
-from .engine import Epoch, Method
-from .output import append_line, prepare_output
-from .report import Reporter, Row
+from .engine import Method
+from .output import append_line
+from .report import Row
 from .rows import ADAPTED, Choices, describe, find_rows, tuned_settings
-from .run import header, summarise
-from .tasks import Task, run_tasks, split_on
+from .run import summarise, train_tasks
+from .tasks import Task, split_on
 
 MARKDOWN, CSV = "methods.md", "methods.csv"
 SUFFIX, BASES = "+tcpa", {"vpt": "vpt-deep"}
@@ -56,16 +56,7 @@ def run_rows(config: DemoConfig) -> list[Row]:
         for method in methods
         for seed in config.seeds
     ]
-    metrics = prepare_output(config.output, header(config, device, tasks))
-    records: list[Epoch] = []
-    with Reporter(len(tasks) * config.num_epochs, config.num_epochs) as reporter:
-
-        def on_epoch(record: Epoch) -> None:
-            records.append(record)
-            append_line(metrics, {"kind": "epoch", **asdict(record)})
-            reporter.epoch(record)
-
-        outcomes = run_tasks(tasks, on_epoch)
+    metrics, records, outcomes, reporter = train_tasks(config, device, tasks)
     found = [
         replace(
             summarise(method.name, tasks, outcomes, records),

@@ -42,16 +42,7 @@ def run_demo(config: DemoConfig) -> list[Row]:
     start = time.perf_counter()
     device = choose_device(config.device)
     tasks = make_tasks(config, device)
-    metrics = prepare_output(config.output, header(config, device, tasks))
-    records: list[Epoch] = []
-    with Reporter(len(tasks) * config.num_epochs, config.num_epochs) as reporter:
-
-        def on_epoch(record: Epoch) -> None:
-            records.append(record)
-            append_line(metrics, {"kind": "epoch", **asdict(record)})
-            reporter.epoch(record)
-
-        outcomes = run_tasks(tasks, on_epoch)
+    metrics, records, outcomes, reporter = train_tasks(config, device, tasks)
     split = split_on(device, tasks[0].part)
     # Runs end in any order; pictures and table go by method and seed.
     names = _names(tasks)
@@ -70,6 +61,28 @@ def run_demo(config: DemoConfig) -> list[Row]:
     seconds = time.perf_counter() - start
     reporter.console.print(f"{seconds:.0f} s in total; {config.output} holds {WRITTEN}.")
     return rows
+
+
+def train_tasks(
+    config: DemoConfig, device: torch.device, tasks: list[Task]
+) -> tuple[Path, list[Epoch], list[Outcome], Reporter]:
+    """Train all tasks, showing and writing down every epoch.
+
+    Returns:
+        The file of metrics, all epochs in the order in which they ended, the outcomes, and the
+        reporter, for what is still to be printed.
+    """
+    metrics = prepare_output(config.output, header(config, device, tasks))
+    records: list[Epoch] = []
+    with Reporter(len(tasks) * config.num_epochs, config.num_epochs) as reporter:
+
+        def on_epoch(record: Epoch) -> None:
+            records.append(record)
+            append_line(metrics, {"kind": "epoch", **asdict(record)})
+            reporter.epoch(record)
+
+        outcomes = run_tasks(tasks, on_epoch)
+    return metrics, records, outcomes, reporter
 
 
 def make_tasks(config: DemoConfig, device: torch.device) -> list[Task]:
