@@ -25,7 +25,8 @@ from torch import Tensor
 from tcpa.dispatch import IMPLS
 
 from ..cli import UsageError, choose_device, command, require
-from .providers.step import StepCase, StepProvider, build_model, loss_of
+from .providers.step import StepCase, StepProvider
+from .providers.step_model import build_model, loss_of
 from .results import Results, make_rows, provenance
 from .timing import Quantiles
 

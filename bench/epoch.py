@@ -2,14 +2,17 @@
 
 Usage: tcpa-bench epoch [--device cpu] [--images N] [--source disk cache device] [--provider TEXT]
 
-Every method is trained and tested on generated photos that come from disk, from a cache or from
-the device's memory (see `epoch_data.py`). Three rates in images/s are told apart: the pipeline
-alone, the model alone on images that are there already, and both together, which is what an epoch
-takes. With fewer photos than CUB has, seconds are scaled up to its 5,394 training and 5,794 test
-images.
+Every method, with TCPA and without, is trained and tested on generated photos that come from disk,
+from a cache or from the device's memory (see `epoch_data.py`). Three rates in images/s are told
+apart: the pipeline alone, the model alone on images that are there already, and both together,
+which is what an epoch takes. With fewer photos than CUB has, seconds are scaled up to its 5,394
+training and 5,794 test images.
 
 Methods are interleaved: every method runs its part of an epoch in turn, as often as --rounds says.
-The pipeline alone is measured once for all methods, the model alone once for all sources.
+The pipeline alone is measured once for all methods, the model alone once for all sources. Before
+that, every method's loss, gradients and logits are checked against its plain form.
+
+Exit status 1: a method computes something else.
 """
 
 import argparse
@@ -20,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,16 @@ import timm
 import torch
 from torch import Tensor
 
+from tcpa import Savings
+
 from ..cli import choose_device, command
 from ..train.data.speed import cached_photos, write_photos
 from .epoch_data import SOURCES, Cached, Files, Pair, Source
-from .providers.step import StepCase, StepProvider, build_model, loss_of, providers, run_model
+from .epoch_runner import Runner, checked_runners
+from .providers.step import StepCase, StepProvider, providers
 from .results import Provenance, Results, Row, make_rows, provenance
 from .step import choose
+from .step_check import WrongResultError
 from .timing import Quantiles
 
 TRAIN_IMAGES, TEST_IMAGES = 5394, 5794
@@ -51,6 +58,8 @@ class Rate:
     together: list[float]
     pipeline: list[float]
     model: list[float]
+    cost: list[float] | None = None
+    """How many times as long as the same method without TCPA it takes, where that is measured."""
 
 
 def measure(
@@ -72,7 +81,7 @@ def measure(
         One rate per mode, source and method.
     """
     device = torch.device(case.device)
-    runners = {provider.name: Runner(case, provider) for provider in chosen}
+    runners = checked_runners(case, chosen)
     alone: dict[tuple[str, str], list[float]] = {}
     for mode, (source, images) in itertools.product(("train", "eval"), data.items()):
 
@@ -91,8 +100,20 @@ def measure(
                 runner.use(mode)
                 together[name].append(images_per_second(epoch(number), runner.run, device))
         for p in chosen:
+            base, cost = without_tcpa(p, chosen), None
+            if base is not None:
+                both = zip(together[base.name], together[p.name], strict=True)
+                cost = [without / own for without, own in both]
             rates = together[p.name], pipeline, alone[mode, p.name]
-            yield Rate(p.name, p.precision, source, mode, *rates)
+            yield Rate(p.name, p.precision, source, mode, *rates, cost)
+
+
+def without_tcpa(provider: StepProvider, chosen: Sequence[StepProvider]) -> StepProvider | None:
+    """Return the same method without TCPA in the same form, if it is among the chosen."""
+    if provider.base_method is None:
+        return None
+    form = replace(provider, name="", method=provider.base_method, expected={})
+    return next((p for p in chosen if replace(p, name="", expected={}) == form), None)
 
 
 def _rates_alone(
@@ -123,34 +144,6 @@ def images_per_second(
     return count / (time.perf_counter() - start)
 
 
-class Runner:
-    """A method with its optimiser."""
-
-    def __init__(self, case: StepCase, provider: StepProvider) -> None:
-        self._precision = provider.precision
-        self._model = build_model(case, provider)
-        self._run: Any = torch.compile(self._model) if provider.compiled else self._model
-        parameters = self._model.trainable_parameters()
-        self._optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-        self._train = True
-
-    def use(self, mode: str) -> None:
-        """Switch to "train" or "eval"."""
-        self._train = mode == "train"
-        self._model.train(self._train)
-        self._model.set_epoch(0)
-
-    def run(self, images: Tensor, labels: Tensor) -> None:
-        """Train or test on a batch."""
-        if not self._train:
-            with torch.inference_mode():
-                run_model(self._run, images, self._precision)
-            return
-        self._optimizer.zero_grad(set_to_none=True)
-        loss_of(self._run, images, labels, self._precision).backward()
-        self._optimizer.step()
-
-
 def rows_of(case: StepCase, rate: Rate, images: int, where: Provenance) -> list[Row]:
     """Return the rows of a rate: seconds for CUB's number of images, and the three rates."""
     total = TRAIN_IMAGES if rate.mode == "train" else TEST_IMAGES
@@ -161,6 +154,8 @@ def rows_of(case: StepCase, rate: Rate, images: int, where: Provenance) -> list[
         ("rate of the pipeline alone", "images/s"): rate.pipeline,
         ("rate of the model alone", "images/s"): rate.model,
     }
+    if rate.cost is not None:
+        figures["time against the same without TCPA", "x"] = rate.cost
     return make_rows(
         {name: Quantiles.of(values) for name, values in figures.items()},
         where,
@@ -177,7 +172,7 @@ def table(rates: Sequence[Rate], images: int) -> str:
     """Return the table that is printed."""
     width = max(len(rate.provider) for rate in rates) + 2
     lines = [
-        f"{'provider':<{width}}{'source':<8}{'mode':<7}{'s/epoch':>9}{'speed':>8}"
+        f"{'provider':<{width}}{'source':<8}{'mode':<7}{'s/epoch':>9}{'speed':>8}{'TCPA':>8}"
         f"{'images/s':>10}{'pipeline':>10}{'model':>10}"
     ]
     for rate in rates:
@@ -187,17 +182,36 @@ def table(rates: Sequence[Rate], images: int) -> str:
         same = [r for r in rates if (r.source, r.mode) == (rate.source, rate.mode)]
         speed = together / statistics.median(same[0].together)
         total = TRAIN_IMAGES if rate.mode == "train" else TEST_IMAGES
+        cost = "" if rate.cost is None else f"{statistics.median(rate.cost):.2f}x"
         lines.append(
             f"{rate.provider:<{width}}{rate.source:<8}{rate.mode:<7}{total / together:>9.1f}"
-            f"{speed:>7.2f}x{together:>10.1f}{pipeline:>10.1f}{model:>10.1f}"
+            f"{speed:>7.2f}x{cost:>8}{together:>10.1f}{pipeline:>10.1f}{model:>10.1f}"
         )
     scaled = "" if images >= TRAIN_IMAGES else f", scaled up from {images} images"
     lines.append(f"s/epoch: for {TRAIN_IMAGES:,} training, {TEST_IMAGES:,} test images{scaled}")
     lines.append("pipeline, model: images/s of either alone; speed: against the first provider")
+    lines.append("TCPA: time against the same method without TCPA")
     return "\n".join(lines)
 
 
-DEFAULT_PROVIDERS = ("tcpa", "VPT + TCPA", "VPT-deep", "VFPT", "frozen ViT")
+_ORDER = ("vp", "vpt-deep", "dam-vp", "autovp", "vfpt", "linear")
+
+
+def one_form_each(available: Sequence[StepProvider], precision: str) -> list[StepProvider]:
+    """Return the yardstick and all methods, each as a user runs it, behind its like without TCPA.
+
+    On a GPU our best form comes on top.
+    """
+    first, *rest = available
+    plain = [
+        provider
+        for provider in rest
+        if provider.precision == precision
+        and provider.savings == Savings()
+        and not (provider.compiled or provider.folded)
+    ]
+    plain.sort(key=lambda p: (_ORDER.index(p.base_method or p.method), p.base_method is not None))
+    return [first, *plain, *(provider for provider in rest if provider.graph)]
 
 
 @command("tcpa-bench epoch")
@@ -227,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     available = providers(options.precision, device.type)
     chosen = choose(available, options.provider)
     if not options.provider:
-        chosen = [p for p in available if p is available[0] or p.name in DEFAULT_PROVIDERS]
+        chosen = one_form_each(available, options.precision)
     sources = [s for s in options.source if s != "device" or device.type != "cpu"]
     results, where = Results(options.results), provenance(device)
     print(f"{options.model}, batch {options.batch}, {where.device}, torch {where.torch}")
@@ -244,9 +258,13 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 split, resident = cached_photos(paths, Path(folder) / "cache"), source == "device"
                 data[source] = Cached(split, device, batch=case.batch, resident=resident)
-        for rate in measure(case, chosen, data, rounds=options.rounds):
-            found.append(rate)
-            results.add(rows_of(case, rate, options.images, where))
+        try:
+            for rate in measure(case, chosen, data, rounds=options.rounds):
+                found.append(rate)
+                results.add(rows_of(case, rate, options.images, where))
+        except WrongResultError as error:
+            print(f"tcpa-bench epoch: {error}", file=sys.stderr)
+            return 1
     return 0
 
 

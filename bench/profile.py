@@ -26,7 +26,8 @@ from torch.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
 from ..cli import UsageError, choose_device, command
 from .kinds import add_up
-from .providers.step import StepCase, StepProvider, build_model, build_step, providers
+from .providers.step import StepCase, StepProvider, providers
+from .providers.step_model import build_model, build_step
 
 TRACE = "trace"
 WARM_UP = 2

@@ -27,6 +27,7 @@ from ..cli import UsageError, command, require, require_writable, write_results
 from .costs.estimate import change, estimate, operation_rows
 from .costs.workload import Method, Workload
 from .hardware import DATASHEETS, Ceilings, assumed, measured
+from .providers.step import INPUT_PROMPTS
 from .results import load
 from .roofline_text import format_estimate, format_methods, format_operations, format_variation
 from .shapes import BACKBONES
@@ -67,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--per-sample", action="store_true", help="prompts of their own per sample")
     parser.add_argument("--image-prompt", action="store_true", help="with the convolutional prompt")
+    parser.add_argument(
+        "--input-prompt", choices=INPUT_PROMPTS, help="with this other prompt on the image"
+    )
     parser.add_argument("--classes", type=int, default=200)
     parser.add_argument("--batch", type=int, default=128, help="images a step and GPU")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
@@ -154,6 +158,7 @@ def _workload(options: argparse.Namespace, name: str) -> Workload:
         per_sample=options.per_sample or name.startswith("official"),
         classes=options.classes,
         image_prompt=options.image_prompt and method == "tcpa",
+        input_prompt=INPUT_PROMPTS[options.input_prompt] if options.input_prompt else None,
         savings=savings,
     )
 

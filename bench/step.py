@@ -26,23 +26,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 
-from tcpa import HTA_DATASETS, Savings
+from tcpa import HTA_DATASETS
 
 from ..cli import UsageError, choose_device, command
 from . import ceilings
 from .hardware import Ceilings
 from .providers.step import INPUT, StepCase, StepProvider, ladder, providers
 from .results import Provenance, Results, Row, make_rows, provenance
+from .step_check import Answer, Truths, WrongResultError
 from .step_costs import StepCost, predicted_speed, step_cost
-from .step_worker import Answer, Worker
+from .step_worker import Worker
 from .timing import Quantiles
-
-FLOOR = {"float64": 1e-9, "float32": 1e-3, "autocast": 1e-3, "bfloat16": 1e-3}
-"""Relative error that a precision may always have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,10 +63,6 @@ class StepResult:
     def utilisation(self, flops: float) -> Quantiles:
         """Return the percentage of `product_rate` at which a step computes so many FLOPs."""
         return Quantiles.of(self.seconds).rate(flops).scaled(100 / self.product_rate)
-
-
-class WrongResultError(RuntimeError):
-    """A provider computes something else than its method."""
 
 
 class StoppedError(Exception):
@@ -99,7 +92,7 @@ def measure(
         UsageError: a provider cannot compute this.
         StoppedError: it ended early, but not before the first round.
     """
-    truths = Truths(case)
+    truths = Truths(case, _in_its_own_process)
     running: list[Worker] = []
     errors: list[float] = []
     trained: list[int] = []
@@ -115,6 +108,14 @@ def measure(
     finally:
         for worker in running:
             worker.stop()
+
+
+def _in_its_own_process(case: StepCase, provider: StepProvider) -> Answer:
+    worker = Worker(case, provider, plain=True)
+    try:
+        return worker.answer()
+    finally:
+        worker.stop()
 
 
 def with_costs(case: StepCase, results: Sequence[StepResult]) -> list[StepResult]:
@@ -134,74 +135,6 @@ def with_costs(case: StepCase, results: Sequence[StepResult]) -> list[StepResult
         )
         for result in results
     ]
-
-
-class Truths:
-    """What the plain form of every method computes, and how far off plain low precision is."""
-
-    def __init__(self, case: StepCase) -> None:
-        self._case = case
-        self._answers: dict[tuple[str, str], Answer] = {}
-
-    def prepare(self, provider: StepProvider) -> None:
-        """Compute what a provider will be checked against."""
-        for precision in self._precisions(provider):
-            key = provider.method, precision
-            if key not in self._answers:
-                self._answers[key] = self._judge(*key)
-
-    @staticmethod
-    def _precisions(provider: StepProvider) -> tuple[str, ...]:
-        if provider.precision in ("float32", "float64"):
-            return (provider.precision,)
-        return "float32", "autocast"
-
-    def _judge(self, method: str, precision: str) -> Answer:
-        plain = StepProvider(
-            name=f"plain {method}",
-            method=method,
-            precision=precision,
-            savings=Savings.none(),
-            impl="reference",
-        )
-        worker = Worker(self._case, plain, judge=True)
-        try:
-            return worker.answer()
-        finally:
-            worker.stop()
-
-    def check(self, provider: StepProvider, answer: Answer) -> float:
-        """Return a provider's error.
-
-        In low precision twice the error of the plain form under autocast is allowed.
-
-        Raises:
-            WrongResultError: it is too large.
-        """
-        exact, *low = (self._answers[provider.method, p] for p in self._precisions(provider))
-        error = largest_error(answer, exact)
-        allowed = FLOOR[provider.precision] + (2 * largest_error(low[0], exact) if low else 0.0)
-        if not error <= allowed:
-            raise WrongResultError(
-                f"provider {provider.name!r} differs from the plain form of its method by "
-                f"{error:.1e} (allowed {allowed:.0e}); no figures of a wrong result"
-            )
-        return error
-
-
-def largest_error(answer: Answer, exact: Answer) -> float:
-    """Return the largest relative error over loss, logits and gradients, in the Euclidean norm.
-
-    Infinity if something is missing, NaN if something is NaN.
-    """
-    if answer.values.keys() != exact.values.keys():
-        return math.inf
-    errors = [
-        float(np.linalg.norm(answer.values[name] - value) / max(np.linalg.norm(value), 1e-30))
-        for name, value in exact.values.items()
-    ]
-    # NaN compares as neither larger nor smaller: it has to be looked for.
-    return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
 def _measure_rounds(
@@ -365,7 +298,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--provider", nargs="+", default=[], metavar="TEXT", help="only those with this in the name"
     )
-    parser.add_argument("--all", action="store_true", help="compiled forms on a CPU, too")
+    parser.add_argument(
+        "--all", action="store_true", help="prompts on images, too, and on a CPU what is compiled"
+    )
     parser.add_argument("--ladder", action="store_true", help="one change after the other")
     parser.add_argument("--kinds", action="store_true", help="also: time by kind of kernel")
     parser.add_argument("--results", type=Path, help="file to append the results to, JSON lines")
@@ -388,8 +323,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     available = (ladder if options.ladder else providers)(options.precision, device.type)
     chosen = choose(list(available), options.provider)
-    if device.type == "cpu" and not options.all and not options.provider:
-        chosen = [p for p in chosen if not p.compiled and (options.ladder or not p.folded)]
+    if not options.all and not options.provider:
+        chosen = [p for p in chosen if p.input_prompt is None]
+        if device.type == "cpu":
+            chosen = [p for p in chosen if not p.compiled and (options.ladder or not p.folded)]
     results = Results(options.results)
     if options.threads:
         torch.set_num_threads(options.threads)

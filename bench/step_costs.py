@@ -19,18 +19,9 @@ from .costs.estimate import seconds
 from .costs.model import step
 from .costs.workload import MLP_RATIO, Method, Workload, total
 from .hardware import Ceilings
-from .providers.step import NUM_CLASSES, StepCase, StepProvider
+from .providers.step import StepCase, StepProvider
+from .providers.step_model import NUM_CLASSES
 from .shapes import Backbone
-
-METHODS: dict[str, Method] = {
-    "tcpa": "tcpa",
-    "vpt+tcpa": "tcpa",
-    "vpt-deep": "vpt-deep",
-    "vfpt": "vfpt",
-    "linear": "linear",
-    "linear-backward": "linear",
-}
-"""Method of a step -> method of the cost model, which counts no Fourier transform."""
 
 DTYPES = {"float32": "fp32", "float64": "fp64", "autocast": "bf16", "bfloat16": "bf16"}
 """Precision of a provider -> dtype of its products."""
@@ -58,16 +49,17 @@ def step_cost(case: StepCase, provider: StepProvider) -> StepCost | None:
     if sizes is None:
         return None
     backbone, patches = sizes
-    official = TCPAConfig.official(case.dataset)
+    official, method = TCPAConfig.official(case.dataset), method_of(provider)
     work = Workload(
-        method=METHODS[provider.method],
+        method=method,
         vit=backbone,
         patches=patches,
-        prompts=0 if METHODS[provider.method] == "linear" else official.num_prompts,
+        prompts=0 if method == "linear" else official.num_prompts,
         entries=official.cls_pool_size + official.image_pool_size,
         batch=case.batch,
         dtype=DTYPES[provider.precision],
         classes=NUM_CLASSES,
+        input_prompt=provider.input_prompt,
         savings=provider.savings,
     )
     train = case.mode == "train"
@@ -76,6 +68,12 @@ def step_cost(case: StepCase, provider: StepProvider) -> StepCost | None:
     own = step(work, train=train)
     repeated = sum(operation.repeated for operation in cheapest)
     return StepCost(total(cheapest).flops - repeated, total(own).flops, work, train)
+
+
+def method_of(provider: StepProvider) -> Method:
+    """Return what the cost model takes a provider's prompts for; it counts no Fourier transform."""
+    known: dict[str, Method] = {"vpt-deep": "vpt-deep", "vfpt": "vfpt"}
+    return "tcpa" if provider.method.endswith("tcpa") else known.get(provider.method, "linear")
 
 
 @functools.cache

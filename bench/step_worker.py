@@ -6,48 +6,27 @@ import multiprocessing as mp
 import resource
 import signal
 import time
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..cli import UsageError
 from .kinds import time_by_kind
-from .providers.step import (
-    StepCase,
-    StepProvider,
-    build_model,
-    build_step,
-    loss_of,
-    make_batch,
-    run_model,
-)
-
-JUDGE_CHUNK = 8
-"""Images that the judge computes at once, so that its memory does not grow with the batch."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a step computed: the loss and all gradients (train), or the logits (eval)."""
-
-    values: dict[str, np.ndarray]
-    """float32 or float64, by name."""
-    trained: int
-    """Trained values of the model."""
+from .providers.step import StepCase, StepProvider
+from .providers.step_model import build_model, build_step
+from .step_check import Answer, answer_of, plain_answer
 
 
 class Worker:
-    """A provider, or the judge of a method, in a process of its own."""
+    """A provider, or the plain form of a method, in a process of its own."""
 
-    def __init__(self, case: StepCase, provider: StepProvider, *, judge: bool = False) -> None:
+    def __init__(self, case: StepCase, provider: StepProvider, *, plain: bool = False) -> None:
         context = _context()
         self.provider = provider
         self._end, far = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(far, case, provider, judge), daemon=True
+            target=_serve, args=(far, case, provider, plain), daemon=True
         )
         self._process.start()
         far.close()
@@ -105,19 +84,19 @@ def _context() -> Any:
     return context
 
 
-def _serve(connection: Connection, case: StepCase, provider: StepProvider, judge: bool) -> None:
-    """Compute one step, then run steps on request."""
+def _serve(connection: Connection, case: StepCase, provider: StepProvider, plain: bool) -> None:
+    """Compute one step, then run steps on request; of a plain form the first one only."""
     # An interruption is the other side's business.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if case.threads:
         torch.set_num_threads(case.threads)
     try:
-        model = build_model(case, provider)
-        if judge:
-            connection.send(_judge(case, provider, model))
+        if plain:
+            connection.send(plain_answer(case, provider))
             return
+        model = build_model(case, provider)
         step = build_step(case, provider, model)
-        answer = _answer(case, model, step())
+        answer = answer_of(case, model, step())
         # A second one: compilation and caches are done with after it.
         step()
     except Exception as error:
@@ -150,41 +129,3 @@ def _timed(step: Any, device: torch.device) -> tuple[float, float]:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _answer(case: StepCase, model: Any, result: torch.Tensor) -> Answer:
-    """Collect what a step computed."""
-    if case.mode == "eval":
-        return Answer({"logits": _array(result)}, model.num_trainable)
-    gradients = {
-        name: _array(p.grad)
-        for name, p in model.trainable_named_parameters().items()
-        if p.grad is not None
-    }
-    return Answer({"loss": _array(result), **gradients}, model.num_trainable)
-
-
-def _judge(case: StepCase, provider: StepProvider, model: Any) -> Answer:
-    """Compute a step plainly, a few images at a time.
-
-    Loss and match distance are means over the images, so means over equal parts are the same.
-    """
-    images, labels = make_batch(case, model)
-    chunks = list(zip(images.split(JUDGE_CHUNK), labels.split(JUDGE_CHUNK), strict=True))
-    if case.mode == "eval":
-        model.eval()
-        with torch.no_grad():
-            logits = [run_model(model, part, provider.precision) for part, _ in chunks]
-        return _answer(case, model, torch.cat(logits))
-    loss = torch.zeros((), dtype=torch.float64, device=images.device)
-    for part, truth in chunks:
-        share = loss_of(model, part, truth, provider.precision) * (len(part) / len(images))
-        share.backward()
-        loss += share.detach()
-    return _answer(case, model, loss)
-
-
-def _array(tensor: torch.Tensor | None) -> np.ndarray:
-    assert tensor is not None
-    exact = tensor.detach().cpu()
-    return (exact if exact.dtype == torch.float64 else exact.float()).numpy().copy()

@@ -5,11 +5,13 @@ import pytest
 import torch
 from PIL import Image
 from tcpa.bench import __main__ as cli
-from tcpa.bench import epoch
-from tcpa.bench.epoch import Rate, rows_of, table
+from tcpa.bench import epoch, epoch_runner
+from tcpa.bench.epoch import Rate, one_form_each, rows_of, table, without_tcpa
 from tcpa.bench.epoch_data import Cached, Files
-from tcpa.bench.providers.step import StepCase
+from tcpa.bench.epoch_runner import checked_runners
+from tcpa.bench.providers.step import StepCase, providers
 from tcpa.bench.results import load, provenance
+from tcpa.bench.step_check import WrongResultError
 from tcpa.train.data.speed import cached_photos, write_photos
 
 CPU = torch.device("cpu")
@@ -73,11 +75,75 @@ def test_the_command_measures_every_source_and_mode(tmp_path, capsys):
 
 
 def test_seconds_are_for_the_images_of_cub():
-    rate = Rate("tcpa", "float32", "cache", "train", [100.0], [1000.0], [110.0])
+    rate = Rate("tcpa", "float32", "cache", "train", [100.0], [1000.0], [110.0], [1.25])
     rows = rows_of(StepCase(), rate, 32, provenance(CPU))
     assert rows[0].metric == "seconds per epoch" and rows[0].p50 == pytest.approx(53.94)
     slow = Rate("official", "float32", "cache", "train", [50.0], [1000.0], [51.0])
-    assert "2.00x" in table([slow, rate], 32) and "scaled" not in table([slow, rate], 5394)
+    assert {row.p50 for row in rows if row.metric.startswith("time against")} == {1.25}
+    printed = table([slow, rate], 32)
+    assert "2.00x" in printed and "1.25x" in printed and "scaled" not in table([slow, rate], 5394)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_method_is_measured_with_and_without_tcpa(precision):
+    first, *rest = one_form_each(providers(precision, "cpu"), precision)
+    assert first.name == "official" and {p.precision for p in rest} == {precision}
+    pairs = {without_tcpa(p, rest).method: p.method for p in rest if p.base_method}
+    assert pairs == {
+        "vp": "vp+tcpa",
+        "vpt-deep": "vpt+tcpa",
+        "dam-vp": "dam-vp+tcpa",
+        "autovp": "autovp+tcpa",
+        "vfpt": "tcpa",
+    }
+    places = {p.method: place for place, p in enumerate(rest)}
+    assert all(places[own] == places[base] + 1 for base, own in pairs.items())
+    assert len(rest) == 11 and without_tcpa(first, rest) is None
+
+
+def test_our_best_form_joins_on_a_gpu():
+    (*_, last) = one_form_each(providers("bfloat16", "cuda"), "bfloat16")
+    assert last.graph and last.compiled and last.name.startswith("tcpa")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_methods_are_checked_before_they_are_timed(precision):
+    case = StepCase(model="vit_tiny_patch16_224", batch=3)
+    on_images = [p for p in providers(precision, "cpu") if p.input_prompt is not None]
+    assert len(on_images) == 6
+    assert list(checked_runners(case, on_images)) == [p.name for p in on_images]
+
+
+def test_no_figure_of_a_wrong_result(tmp_path, capsys, monkeypatch):
+    def wrong(*_):
+        raise WrongResultError("provider 'VP' differs")
+
+    monkeypatch.setattr(epoch, "checked_runners", wrong)
+    path = tmp_path / "epoch.jsonl"
+    options = ["--model", "vit_tiny_patch16_224", "--images", "2", "--batch", "2"]
+    assert epoch.main([*options, "--source", "cache", "--results", str(path)]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == "tcpa-bench epoch: provider 'VP' differs\n"
+    assert "s/epoch" not in printed.out and path.read_text() == ""
+
+
+def test_a_recorded_step_sees_every_batch(monkeypatch):
+    seen, replayed = [], []
+
+    def capture(step):
+        step()
+        return lambda: replayed.append(step())
+
+    def step(images, labels):
+        seen.append(labels.tolist())
+        return images.sum()
+
+    monkeypatch.setattr(epoch_runner, "capture", capture)
+    recorded = epoch_runner.GraphStep(step)
+    for labels in ([1, 2], [3, 4], [5]):
+        recorded.run(torch.full((len(labels), 3), float(labels[0])), torch.tensor(labels))
+    # The first is also recorded, the last is smaller.
+    assert seen == [[1, 2], [1, 2], [3, 4], [5]] and replayed == [6.0, 18.0]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tcpa.bench.roofline import FORMS, VALUES
 from tcpa.bench.shapes import PROMISED, Backbone
 from torch.utils.flop_counter import FlopCounterMode
 
-from tcpa import Savings, TCPAConfig, VPTConfig, wrap
+from tcpa import AutoVPConfig, DAMVPConfig, Savings, TCPAConfig, VPConfig, VPTConfig, wrap
 
 CLASSES, BATCH, SIZE = 5, 2, 64
 ViT = Architecture("vit_tiny_patch16_224", SIZE, {"img_size": SIZE, "depth": 3})
@@ -52,6 +52,18 @@ METHODS = {
     ),
     "vpt-deep": (VPTConfig(length=11), dataclasses.replace(SMALL, method="vpt-deep")),
     "vfpt": (VPTConfig.vfpt(11), dataclasses.replace(SMALL, method="vfpt", per_sample=True)),
+    **{
+        f"{name}{end}": (config, dataclasses.replace(work, input_prompt=prompt))
+        for name, prompt in (
+            ("vp", VPConfig()),
+            ("dam-vp", DAMVPConfig(num_clusters=3)),
+            ("autovp", AutoVPConfig()),
+        )
+        for end, config, work in (
+            ("", None, dataclasses.replace(SMALL, method="linear", prompts=0)),
+            ("+tcpa", TCPA, SMALL),
+        )
+    },
     "linear": (None, dataclasses.replace(SMALL, method="linear", prompts=0)),
 }
 SAVINGS = {
@@ -68,10 +80,13 @@ SAVINGS = {
 }
 
 
-def counted(config, savings, impl, train):
+def counted(config, work, impl, train):
     """FLOPs that torch's counter sees in one step of the real model."""
-    model = wrap(ViT.create(), config, num_classes=CLASSES, savings=savings, impl=impl)
+    options = {"input_prompt": work.input_prompt, "savings": work.savings, "impl": impl}
+    model = wrap(ViT.create(), config, num_classes=CLASSES, **options)
     images = ViT.images(BATCH)
+    if isinstance(work.input_prompt, DAMVPConfig):
+        model.fit_clusters(ViT.images(3))
     if train:
         with FlopCounterMode(display=False) as counter:
             logits, distance = model(images, return_distance=True)
@@ -106,7 +121,7 @@ def test_the_formulas_equal_a_count_of_the_plain_operations(method, name, train)
         # Where only prompts have gradients, the fused form leaves the tokens' scores alone; the
         # reference multiplies do with all values.
         expected += 2 * BATCH * work.tokens**2 * work.vit.width
-    assert counted(config, savings, "reference", train) == expected
+    assert counted(config, work, "reference", train) == expected
 
 
 def tokens_have_gradients(work):
@@ -119,13 +134,14 @@ def tokens_have_gradients(work):
 @pytest.mark.parametrize("method", ["tcpa", "tcpa-per-sample", "tcpa-image-prompt"])
 def test_the_formulas_equal_a_count_of_the_fused_operations(method, name):
     config, work = METHODS[method]
-    operations = step(dataclasses.replace(work, savings=SAVINGS[name]), train=True)
-    assert counted(config, SAVINGS[name], "sdpa", True) == total(operations).flops
+    work = dataclasses.replace(work, savings=SAVINGS[name])
+    assert counted(config, work, "sdpa", True) == total(step(work, train=True)).flops
 
 
 @pytest.mark.parametrize(("config", "work"), METHODS.values(), ids=METHODS)
 def test_the_trained_values_are_counted(config, work):
-    assert wrap(ViT.create(), config, num_classes=CLASSES).num_trainable == work.trained
+    model = wrap(ViT.create(), config, input_prompt=work.input_prompt, num_classes=CLASSES)
+    assert model.num_trainable == work.trained
 
 
 # One block of ViT-B/16, 36 shared prompts, batch 128, bfloat16, at 790 TFLOP/s and 4.3 TB/s, made

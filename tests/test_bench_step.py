@@ -11,34 +11,31 @@ import pytest
 import torch
 from models import ARCHITECTURES
 from tcpa.bench import __main__ as cli
-from tcpa.bench import step, step_worker
+from tcpa.bench import step, step_check, step_worker
 from tcpa.bench.kinds import GAPS, KINDS, REST, add_up, kind_of, time_by_kind
 from tcpa.bench.providers.step import (
     StepCase,
     StepProvider,
-    build_model,
-    fold_norms,
     ladder,
     providers,
     tcpa_steps,
 )
+from tcpa.bench.providers.step_model import build_model, fold_norms
 from tcpa.bench.results import load, provenance
 from tcpa.bench.shapes import BACKBONES
 from tcpa.bench.step import (
     StepResult,
     StoppedError,
-    Truths,
-    WrongResultError,
     _measure_rounds,
     choose,
-    largest_error,
     measure,
     rows_of,
     table,
     with_costs,
 )
+from tcpa.bench.step_check import Answer, Truths, WrongResultError, largest_error, plain_answer
 from tcpa.bench.step_costs import backbone_sizes, step_cost
-from tcpa.bench.step_worker import Answer, Worker
+from tcpa.bench.step_worker import Worker
 
 from tcpa import Savings
 from tcpa.cli import UsageError
@@ -88,17 +85,50 @@ def test_low_precision_is_checked_and_evaluation_measured():
     assert exact.error < 1e-4 < low.error < 0.1
 
 
+def test_prompts_on_images_are_left_out_unless_asked_for(monkeypatch):
+    chosen = []
+
+    def measure(case, found, *_, **__):
+        chosen.append({p.name for p in found})
+        raise WrongResultError("enough")
+
+    monkeypatch.setattr(step, "measure", measure)
+    for options in ([], ["--all"], ["--provider", "DAM-VP"]):
+        assert step.main(options) == 1
+    usual, everything, named = chosen
+    assert not usual & {"VP", "DAM-VP + TCPA"} and "VPT-deep" in usual
+    assert {"VP", "DAM-VP + TCPA", "official, frozen, compiled"} <= everything
+    assert named == {"official", "DAM-VP", "DAM-VP + TCPA"}
+
+
+def test_what_prompts_on_images_cost():
+    def cost(method):
+        found = step_cost(StepCase(batch=2), StepProvider(name="", method=method))
+        assert found is not None
+        return found.model_flops
+
+    # Forward and backward through all blocks, attention with 5 products for 2; DAM-VP first needs
+    # the plain feature.
+    assert cost("vp") == cost("autovp") == pytest.approx(2 * cost("linear"), rel=0.03)
+    assert cost("dam-vp") == pytest.approx(3 * cost("linear"), rel=0.03)
+    assert cost("vp") < cost("vp+tcpa") < 1.1 * cost("vp")
+    gains = [
+        StepProvider(name="", method=m).expected_gain(StepCase()) for m in ("vp", "vp+tcpa", "tcpa")
+    ]
+    assert gains[0] == 1 < gains[1] == gains[2]
+
+
 @pytest.mark.parametrize("method", ["vpt-deep", "vfpt", "linear"])
 def test_other_methods_are_checked_against_their_own_plain_form(method):
     found = measure(SMALL, [StepProvider(name=method, method=method)], 1)
     assert found[0].error < 1e-4 and len(found[0].seconds) == 1
 
 
-def test_the_judge_of_a_large_batch_works_in_parts(monkeypatch):
+def test_the_plain_form_of_a_large_batch_works_in_parts(monkeypatch):
     case, answers = StepCase(model=SMALL.model, batch=5), []
     for size in (8, 2):
-        monkeypatch.setattr(step_worker, "JUDGE_CHUNK", size)
-        answers.append(step_worker._judge(case, PLAIN, build_model(case, PLAIN)))
+        monkeypatch.setattr(step_check, "JUDGE_CHUNK", size)
+        answers.append(plain_answer(case, PLAIN))
     assert largest_error(answers[1], answers[0]) < 1e-5
 
 

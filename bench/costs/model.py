@@ -12,6 +12,9 @@ The loss, the images' way to the device and the time between kernels are not cou
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+
+from tcpa import DAMVPConfig
 
 from .block import BlockCost
 from .operations import Cost
@@ -56,17 +59,39 @@ def _image_convolution(work: Workload) -> Cost:
     return Cost(flops, float(pixels * channels * work.item))
 
 
+def _features(work: Workload) -> Iterator[Operation]:
+    """What DAM-VP computes of every image before it is prompted: the feature of the plain ViT."""
+    plain = replace(work, method="linear", prompts=0, entries=None, input_prompt=None)
+    yield Operation("features: patch embedding", None, "forward", _patches(plain))
+    blocks = [BlockCost(plain, index, train=False) for index in range(work.vit.depth)]
+    for block in blocks:
+        for operation in block.forward():
+            yield replace(operation, name=f"features: {operation.name}", block=None)
+    stream = float(work.batch * blocks[-1].rows * work.vit.width * work.item)
+    yield Operation("features: last norm", None, "forward", Cost(0.0, 2 * stream))
+
+
 def _embed(work: Workload) -> Iterator[Operation]:
+    if isinstance(work.input_prompt, DAMVPConfig):
+        yield from _features(work)
+    if work.input_prompt is not None:
+        moved = 2.0 * CHANNELS * work.batch * work.pixels * work.item
+        yield Operation("prompt on the image", None, "forward", Cost(0.0, moved))
     if work.image_prompt:
         yield Operation("image prompt", None, "forward", _image_convolution(work).times(2))
     yield Operation("patch embedding", None, "forward", _patches(work))
 
 
 def _embed_backward(work: Workload) -> Iterator[Operation]:
-    if work.image_prompt:
+    if work.image_prompt or work.input_prompt is not None:
         yield Operation("patch embedding", None, "backward", _patches(work))
+    if work.image_prompt:
         # Weights of both convolutions, and the activations between them; images have no gradient.
         yield Operation("image prompt", None, "backward", _image_convolution(work).times(3))
+    if work.input_prompt is not None:
+        # The gradient of the border is read, and its sum written.
+        moved = CHANNELS * work.batch * work.border * work.item + 4 * work.border_trained
+        yield Operation("prompt on the image", None, "backward", Cost(0.0, float(moved)))
     if not work.savings.frozen_backbone:
         sizes = work.batch * work.patches, CHANNELS * work.vit.patch**2, work.vit.width
         cost = weight_gradient(*sizes, work.item)

@@ -1,9 +1,10 @@
 """What one step of a prompted ViT computes, and the units of its cost model (`model.py`)."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tcpa import Savings
+from tcpa import AutoVPConfig, DAMVPConfig, InputConfig, Savings, VPConfig
 
 from ..shapes import BACKBONES, Backbone
 from .operations import ITEM, Cost
@@ -36,6 +37,9 @@ class Workload:
     """Whether training gives every sample its own prompts, as prompt dropout does."""
     classes: int = 200
     image_prompt: bool = False
+    """With TCPA's convolutional prompt."""
+    input_prompt: InputConfig | None = None
+    """What else is done to the image: frames (VP, DAM-VP) or a border (AutoVP)."""
     savings: Savings = field(default_factory=Savings)
 
     @property
@@ -62,16 +66,35 @@ class Workload:
 
     @property
     def trained(self) -> int:
-        """Number of trained values: prompts, keys, image prompt and head."""
+        """Number of trained values: prompts, keys, prompts on the image and head."""
         rows = self.vit.depth * (self.prompts + self.keys)
-        image = IMAGE_PROMPT_TRAINED * self.image_prompt
+        image = IMAGE_PROMPT_TRAINED * self.image_prompt + self.border_trained
         return rows * self.vit.width + (self.vit.width + 1) * self.classes + image
+
+    @property
+    def border(self) -> int:
+        """Pixels of a channel of an image that `input_prompt` trains: around the image inside."""
+        side, config = math.isqrt(self.pixels), self.input_prompt
+        if isinstance(config, VPConfig):
+            return self.pixels - (side - 2 * config.width_on(side)) ** 2
+        if isinstance(config, AutoVPConfig):
+            return self.pixels - config.size_on(side) ** 2
+        return 0
+
+    @property
+    def border_trained(self) -> int:
+        """Number of trained values of `input_prompt`: AutoVP keeps those below the image, too."""
+        config, values = self.input_prompt, CHANNELS * self.border
+        if isinstance(config, DAMVPConfig):
+            return (config.num_clusters or 1) * values
+        return CHANNELS * self.pixels if isinstance(config, AutoVPConfig) else values
 
     @property
     def image_gradient(self) -> bool:
         """Whether the tokens of the first block have a gradient."""
         saved = self.savings
-        return self.image_prompt or not (saved.frozen_backbone and saved.skip_input_gradient)
+        on_image = self.image_prompt or self.input_prompt is not None
+        return on_image or not (saved.frozen_backbone and saved.skip_input_gradient)
 
 
 @dataclass(frozen=True, slots=True)

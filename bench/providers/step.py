@@ -1,20 +1,16 @@
 """What `tcpa-bench step` compares: methods, and ways to compute the same training step.
 
-Every provider is data; `build_model` and `build_step` make its step. `ladder` goes from the
-official algorithm to the fastest form that computes the same, one change a rung; `tcpa_steps` is
-its end.
+Every provider is data; `step_model` makes its model and its step. `ladder` goes from the official
+algorithm to the fastest form that computes the same, one change a rung; `tcpa_steps` is its end.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import timm
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from tcpa import HTA_DATASETS, PromptConfig, PromptedViT, Savings, TCPAConfig, VPTConfig, wrap
+from tcpa import HTA_DATASETS, AutoVPConfig, DAMVPConfig, InputConfig, Savings, VPConfig
 from tcpa.dispatch import Impl
 
 INPUT = {
@@ -28,8 +24,15 @@ float32 weights. bfloat16: frozen weights and residual stream are stored in it, 
 float32.
 """
 
-MATCH_WEIGHT = 0.01
-NUM_CLASSES = 200
+CLUSTERS = 16
+"""Clusters of DAM-VP."""
+
+INPUT_PROMPTS: dict[str, InputConfig] = {
+    "vp": VPConfig(),
+    "dam-vp": DAMVPConfig(num_clusters=CLUSTERS),
+    "autovp": AutoVPConfig(),
+}
+"""Method -> what it does to the image; with "+tcpa" behind its name, TCPA's prompts come on top."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +74,8 @@ class StepProvider:
     name: str
     method: str = "tcpa"
     """"tcpa" (on Fourier prompts), "vpt+tcpa", "vpt-deep", "vfpt": all with as many prompt rows.
-    The frozen backbone without prompts: "linear" or, with the gradients of all tokens as if there
-    were prompts, "linear-backward"."""
+    Those of `INPUT_PROMPTS`, with "+tcpa" or without. The frozen backbone without prompts: "linear"
+    or, with the gradients of all tokens as if there were prompts, "linear-backward"."""
     precision: str = "float32"
     savings: Savings = field(default_factory=Savings)
     impl: Impl = "auto"
@@ -86,11 +89,24 @@ class StepProvider:
     """By device type: what this form was thought to bring beyond what the cost model counts, as a
     factor, written down before measuring."""
 
+    @property
+    def input_prompt(self) -> InputConfig | None:
+        """What is done to the image."""
+        return INPUT_PROMPTS.get(self.method.removesuffix("+tcpa"))
+
+    @property
+    def base_method(self) -> str | None:
+        """The same method without TCPA; None where there is none of it."""
+        own = {"tcpa": "vfpt", "vpt+tcpa": "vpt-deep"}
+        base = own.get(self.method, self.method.removesuffix("+tcpa"))
+        return None if base == self.method else base
+
     def expected_gain(self, case: StepCase) -> float:
         """Return the factor that this form was thought to bring to a step, savings included."""
         kind, gain = case.device.partition(":")[0], 1.0
+        has_tokens = not self.method.startswith("linear") and self.method not in INPUT_PROMPTS
         # An evaluation keeps what it projected.
-        if not self.method.startswith("linear") and case.mode == "train":
+        if has_tokens and case.mode == "train":
             for saving, gains in _GAINS.items():
                 gain *= gains.get(kind, 1.0) if getattr(self.savings, saving) else 1.0
         return gain * self.expected.get(kind, 1.0)
@@ -144,8 +160,15 @@ def providers(precision: str, device: str) -> list[StepProvider]:
             savings=_TOKEN_GRADIENTS,
         ),
         StepProvider(name="frozen ViT", method="linear", precision=precision),
+        *_prompts_on_images(precision),
     ]
     return found
+
+
+def _prompts_on_images(precision: str) -> Iterator[StepProvider]:
+    for method, name in (("vp", "VP"), ("dam-vp", "DAM-VP"), ("autovp", "AutoVP")):
+        yield StepProvider(name=name, method=method, precision=precision)
+        yield StepProvider(name=f"{name} + TCPA", method=f"{method}+tcpa", precision=precision)
 
 
 def tcpa_steps(precision: str, device: str) -> Iterator[StepProvider]:
@@ -189,144 +212,3 @@ def ladder(precision: str, device: str) -> Iterator[StepProvider]:
         rung = replace(rung, name=f"+ {name}", savings=savings)
         yield rung
     yield from tcpa_steps(precision, device)
-
-
-def config_of(case: StepCase, method: str) -> PromptConfig | None:
-    """Return a method's configuration, without dropout and random selection.
-
-    So all providers compute the same numbers in every step.
-    """
-    official = TCPAConfig.official(case.dataset)
-    rows = official.num_prompts
-    if "tcpa" in method:
-        transform = "identity" if method == "vpt+tcpa" else "fourier"
-        return replace(
-            official,
-            image_prompt=False,
-            prompt_dropout=0.0,
-            random_selection_epochs=0,
-            prompt_transform=transform,
-        )
-    if method.startswith("linear"):
-        return None
-    if method == "vfpt":
-        return replace(VPTConfig.vfpt(length=rows), dropout=0.0)
-    return VPTConfig(length=rows, dropout=0.0)
-
-
-def build_model(case: StepCase, provider: StepProvider) -> PromptedViT:
-    """Build the model of a provider; the same initial values for all of one method."""
-    torch.manual_seed(0)
-    backbone = timm.create_model(case.model)
-    if provider.folded:
-        fold_norms(backbone)
-    if provider.precision == "float64":
-        backbone.double()
-    model = wrap(
-        backbone,
-        config_of(case, provider.method),
-        num_classes=NUM_CLASSES,
-        savings=provider.savings,
-        impl=provider.impl,
-    )
-    if provider.precision == "bfloat16":
-        # Not before: prompts and head are to start from the same values in all precisions.
-        trained = {id(p) for p in model.trainable_parameters()}
-        for parameter in model.backbone.parameters():
-            if id(parameter) not in trained:
-                parameter.data = parameter.data.bfloat16()
-    return model.to(case.device)
-
-
-@torch.no_grad()
-def fold_norms(backbone: Any) -> None:
-    """Move scale and shift of the blocks' LayerNorms into the layers that read them.
-
-    With W the weight of the layer behind, W (g x + b) = (W g) x + W b: the same function, up to
-    rounding, and norms without parameters.
-    """
-    for block in backbone.blocks:
-        for norm, layer in ((block.norm1, block.attn.qkv), (block.norm2, block.mlp.fc1)):
-            shift = layer.weight @ norm.bias
-            layer.weight.mul_(norm.weight)
-            if layer.bias is None:
-                layer.bias = nn.Parameter(shift)
-            else:
-                layer.bias.add_(shift)
-            norm.weight.fill_(1.0)
-            norm.bias.fill_(0.0)
-
-
-def make_batch(case: StepCase, model: PromptedViT) -> tuple[Tensor, Tensor]:
-    """Return random images `[B, 3, height, width]` and labels `[B]`, the same for all providers."""
-    generator = torch.Generator().manual_seed(1)
-    size = model.backbone.pretrained_cfg["input_size"]
-    images = torch.randn(case.batch, *size, generator=generator)
-    labels = torch.randint(0, NUM_CLASSES, (case.batch,), generator=generator)
-    return images.to(case.device), labels.to(case.device)
-
-
-def run_model(model: nn.Module, images: Tensor, precision: str, **options: bool) -> Any:
-    """Run a model in a precision."""
-    enabled = precision == "autocast"
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=enabled):
-        return model(images.to(INPUT[precision]), **options)
-
-
-def loss_of(model: nn.Module, images: Tensor, labels: Tensor, precision: str) -> Tensor:
-    """Return the loss, float32 or better: cross-entropy and the weighted match distance."""
-    logits, distance = run_model(model, images, precision, return_distance=True)
-    logits = logits if precision == "float64" else logits.float()
-    return F.cross_entropy(logits, labels) + MATCH_WEIGHT * distance
-
-
-def build_step(case: StepCase, provider: StepProvider, model: PromptedViT) -> Callable[[], Tensor]:
-    """Return a function that runs one step and returns the loss (train) or the logits (eval).
-
-    The gradients of a training step are left in the parameters.
-    """
-    images, labels = make_batch(case, model)
-    run: Any = torch.compile(model) if provider.compiled else model
-    if case.mode == "eval":
-        model.eval()
-
-        @torch.inference_mode()
-        def evaluate() -> Tensor:
-            return run_model(run, images, provider.precision)
-
-        return evaluate
-    # A zero learning rate keeps every step at the same point; AdamW still does its work.
-    options: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0, "capturable": provider.graph}
-    optimizer = torch.optim.AdamW(model.trainable_parameters(), **options)
-
-    def train() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(run, images, labels, provider.precision)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return capture(train) if provider.graph else train
-
-
-def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Record a step as a CUDA graph and return a function that replays it.
-
-    The step is run three times before, on a stream of its own, as capture demands; it must not wait
-    for the device, and its inputs must stay where they are.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return result
-
-    return replay
