@@ -9,8 +9,9 @@ of a README (see `reporting/markdown.py`); without FILE all tables are printed.
 
 What the figures take from the rows:
 
-- bars: metric "time", at the promised shape or else at the first one; providers that compute
-  another function have "no gate", "ungated", "floor" or "other function" in their names;
+- bars: metrics "time" and "seconds per epoch", at the promised shape or else at the first one;
+  providers that compute another function have "no gate", "ungated", "floor" or "other function" in
+  their names;
 - roofline: metric "time" of the operations in `cost.OPERATIONS`, ceilings of the command "ceilings"
   with the metrics "bandwidth" and "rate";
 - time by kind of kernel: metric "time of KIND", such as "time of matrix products", one row per

@@ -78,6 +78,11 @@ def synthetic_rows():
                 row("step", provider, time * factor * batch / 128, metric=f"time of {kind}", **step)
                 for kind, time in KINDS.items()
             ]
+    for provider in ("VFPT", "tcpa"):
+        epoch = {"command": "epoch", "dtype": "float32", "metric": "seconds per epoch", "unit": "s"}
+        rows += [
+            row("epoch from cache", provider, 9.0, mode=mode, **epoch) for mode in ("train", "eval")
+        ]
     return rows
 
 
@@ -116,7 +121,8 @@ def test_the_report_writes_a_page_that_needs_nothing_else(tmp_path, capsys):
     assert cli.main(["report", results, *options]) == 0
     figures = sorted(path.stem for path in output.glob("*.png"))
     for kind in ("time-ops-gated-attention", "time-step-float32-autocast-bfloat16", "roofline",
-                 "kinds-step", "scaling-prompts-ops", "scaling-batch-step"):  # fmt: skip
+                 "time-epoch-epoch-from-cache", "kinds-step", "scaling-prompts-ops",
+                 "scaling-batch-step"):  # fmt: skip
         assert any(name.startswith(kind) for name in figures), f"{kind} is missing in {figures}"
     text = (output / "index.html").read_text(encoding="utf-8")
     assert f"{len(figures)} figures" in capsys.readouterr().out
@@ -154,7 +160,8 @@ end
 
 
 def test_tables_of_a_readme_are_generated_and_stay_the_same(tmp_path, capsys):
-    results, readme = save(tmp_path / "r.jsonl", synthetic_rows()), tmp_path / "README.md"
+    rows = [each for each in synthetic_rows() if each.command != "epoch"]
+    results, readme = save(tmp_path / "r.jsonl", rows), tmp_path / "README.md"
     readme.write_text(README)
     assert cli.main(["report", results, "--markdown", str(readme)]) == 0
     assert "left as it is, no rows: bench:epoch" in capsys.readouterr().out

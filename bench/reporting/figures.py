@@ -1,10 +1,10 @@
 """Figures of results: bars per operation, roofline, time by kind of kernel, scaling curves."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import compress, cycle
 from typing import Any
 
 import matplotlib
@@ -20,6 +20,7 @@ from ..shapes import PROMISED, Shape, parse_shape
 from .data import KIND, distinct, grouped, is_floor, number
 from .style import COLOURS, FLOOR, INK, STYLE, Drawing, colours_of, finish
 
+TIMES = ("time", "seconds per epoch")
 MARKERS = {"forward": "o", "backward": "s", "both": "D"}
 
 
@@ -50,7 +51,10 @@ def _panels(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
 
 def _bars(rows: Sequence[Row]) -> Iterator[Drawing]:
     """Draw times of the providers at the main shape, one panel a mode."""
-    for dtype, group in _panels([row for row in rows if row.metric == "time"]):
+    charts = itertools.chain.from_iterable(
+        _panels([row for row in rows if row.metric == metric]) for metric in TIMES
+    )
+    for dtype, group in charts:
         shown = [row for row in group if row.shape == main_shape(group)]
         providers, modes = distinct(shown, "provider"), distinct(shown, "mode")
         size = (1.8 + 2.7 * len(modes), 0.9 + 0.3 * len(providers))
@@ -59,7 +63,7 @@ def _bars(rows: Sequence[Row]) -> Iterator[Drawing]:
         colours = colours_of(providers)
         for axes, mode in zip(panels, modes, strict=True):
             _bar_panel(axes, [r for r in shown if r.mode == mode], providers, colours)
-            axes.set(title=mode, xlabel=f"time, {shown[0].unit}")
+            axes.set(title=mode, xlabel=f"{shown[0].metric}, {shown[0].unit}")
         own = {row.provider: f" [{row.dtype}]" if "," in dtype else "" for row in shown}
         panels[0].set_yticks(range(len(providers)), [f"{p}{own[p]}" for p in providers])
         panels[0].invert_yaxis()
@@ -170,14 +174,14 @@ def _kinds(rows: Sequence[Row]) -> Iterator[Drawing]:
         figure = Figure(figsize=(7.6, 1.2 + 0.35 * len(bars)), layout="constrained")
         axes: Any = figure.subplots()
         left = dict.fromkeys(bars, 0.0)
-        for metric, colour in zip(distinct(group, "metric"), cycle((*COLOURS, FLOOR))):
+        for metric, colour in zip(distinct(group, "metric"), itertools.cycle((*COLOURS, FLOOR))):
             for row in (r for r in group if r.metric == metric):
                 bar = row.provider, row.mode, row.dtype
                 axes.barh(bars.index(bar), row.p50, 0.7, left=left[bar], color=colour)
                 left[bar] += row.p50
             axes.barh(0, 0, color=colour, label=metric.removeprefix(KIND))
         varies = [len(set(values)) > 1 for values in zip(*bars, strict=True)]
-        labels = [", ".join([bar[0], *compress(bar[1:], varies[1:])]) for bar in bars]
+        labels = [", ".join([bar[0], *itertools.compress(bar[1:], varies[1:])]) for bar in bars]
         axes.set_yticks(range(len(bars)), labels)
         axes.invert_yaxis()
         axes.set(xlabel=f"time, {group[0].unit}")
