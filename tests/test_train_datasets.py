@@ -1,6 +1,7 @@
 """Promise: every HTA dataset trains, from its real on-disk format, with the real loaders."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -97,3 +98,14 @@ def test_an_unknown_dataset_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"DATASET: got 'cube', expected dtd, .*mean cub\?"):
         run(config)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_class_without_test_images_and_held_out_images_are_told(tmp_path, capsys):
+    root = write_tree("folder", tmp_path / "mine", classes=3, per_class=10)
+    shutil.rmtree(root / "test" / "class 1")
+    options = OPTIONS | {"epochs": 1, "protocol": "val", "cache": tmp_path / "cache"}
+    run(make_config(tmp_path / "runs", dataset="folder", data=root, **options))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "27 training, 3 validation, 20 test images, 3 classes" in printed
+    assert "to train on: 10% of the training images held out" in printed
+    assert "note: no test images of 1 of 3 classes: class 1" in printed

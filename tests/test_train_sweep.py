@@ -257,7 +257,7 @@ def test_bad_arguments_are_named(options, message):
 
 
 def test_an_unknown_method_is_named_before_anything_runs(tmp_path):
-    with pytest.raises(UsageError, match=r"--method: got 'vftp', .*did you mean vfpt\?"):
+    with pytest.raises(UsageError, match=r"--methods: got 'vftp', .*did you mean vfpt\?"):
         sweep(SweepConfig(datasets=("dtd",), methods=("vftp",), output=tmp_path / "runs"))
     assert not (tmp_path / "runs").exists()
 

@@ -123,9 +123,7 @@ def recipe(dataset: str, method: str = PUBLISHED_METHOD) -> Recipe:
         `Recipe.source`; `Recipe.note` says what was assumed.
     """
     row, changes = decompose(method)
-    near = difflib.get_close_matches(row, METHODS, n=1)
-    hint = f"did you mean {near[0]}?" if near else "choose one of these"
-    require(row in METHODS, "--method", repr(row), " or ".join(METHODS), hint)
+    require_row(row, "--method")
     found = METHODS[row]
     script = SCRIPTS.get(dataset) if row == PUBLISHED_METHOD or found.training is None else None
     source = SCRIPTS.get(dataset) or SCRIPTS[STAND_IN]
@@ -148,6 +146,13 @@ def recipe(dataset: str, method: str = PUBLISHED_METHOD) -> Recipe:
     )
     made = _changed(made, found, changes)
     return _on_vtab(made, row) if dataset in VTAB else made
+
+
+def require_row(row: str, option: str) -> None:
+    """Raise UsageError, for the option that names it, if there is no such row."""
+    near = difflib.get_close_matches(row, METHODS, n=1)
+    hint = f"did you mean {near[0]}?" if near else "choose one of these"
+    require(row in METHODS, option, repr(row), " or ".join(METHODS), hint)
 
 
 def _on_vtab(made: Recipe, row: str) -> Recipe:

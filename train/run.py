@@ -34,6 +34,9 @@ from .report.runs import finished_result
 PIPELINE_BATCHES = 10
 """Batches, at most, over which the rate of the input pipeline alone is measured."""
 
+WORDS = {"val": "validation", "test": "test"}
+"""Split -> how messages name it."""
+
 
 def run(config: RunConfig, splits: Splits | None = None) -> Result:
     """Train what a configuration says, or what is left of it, and return its result.
@@ -164,10 +167,20 @@ def _introduce(
     """Say what is going to be trained, with what, and from where."""
     model, world = built.model, loop.world
     name, reason = built.implementation(world)
+    sizes = {"training": splits.train} | {WORDS[n]: s for n, s in splits.evaluation.items()}
+    images = [f"{source.num_images:,} {name}" for name, source in sizes.items()]
     display.say(
-        f"{title}: {splits.train.num_images:,} training images, {splits.num_classes} classes, "
+        f"{title}: {', '.join(images)} images, {splits.num_classes} classes, "
         f"{model.num_trainable:,} trained values on {built.backbone.name}"
     )
+    if rule := splits.record.get("train", {}).get("rule"):
+        display.say(f"to train on: {rule}")
+    for name, classes in splits.absent.items():
+        more = ", ..." if len(classes) > 5 else ""
+        display.say(
+            f"note: no {WORDS[name]} images of {len(classes)} of {splits.num_classes} classes: "
+            f"{', '.join(classes[:5])}{more}"
+        )
     display.say(
         f"{built.numerics.name} on {world.device} x {world.size}; attention by {name} ({reason}); "
         f"input pipeline alone {pipeline:,.0f} images/s"

@@ -26,7 +26,7 @@ from .engine.folder import CONFIG, LOG, brief, differences, last_words, saved_de
 from .engine.interruption import Interrupted, raised
 from .engine.settings import describe, resolve, run_folder
 from .plans import plan
-from .recipes import Recipe
+from .recipes import Recipe, decompose, require_row
 from .report.command import print_runs
 from .report.runs import finished_result, read_runs
 from .search.config import SearchConfig
@@ -80,6 +80,8 @@ def jobs_of(config: SweepConfig) -> list[Job]:
     Raises:
         UsageError: a dataset or method is unknown, or an option does not fit one.
     """
+    for method in config.methods or ():
+        require_row(decompose(method)[0], "--methods")
     shared = {f.name: getattr(config, f.name) for f in fields(TrainOptions)}
     configs = [
         RunConfig(dataset=dataset, method=method, seed=seed, **shared)
@@ -138,8 +140,8 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
         if (first, reason) not in damaged:
             reason = f"{first.folder} ({reason}; see {first.folder / LOG})"
         raise UsageError(
-            f"{len(failed)} of {len(jobs)} runs failed, the first of them: {reason}; run the same "
-            "command again to go on with them"
+            f"{len(failed)} of {_runs(len(jobs))} failed, the first of them: {reason}; run the "
+            "same command again to go on"
         )
     return [found for job in jobs if (found := job.result()) is not None]
 

@@ -49,7 +49,7 @@ def load_splits(config: RunConfig, settings: Recipe, world: World) -> Splits:
         even=mixes(settings),
         **shared,
     )
-    evaluation, record = {}, {"train": train.record}
+    evaluation, record, absent = {}, {"train": train.record}, {}
     for name in EVALUATED[config.protocol]:
         split = _open(config, settings, world, name)
         if len(split.rows) == 0:
@@ -58,6 +58,8 @@ def load_splits(config: RunConfig, settings: Recipe, world: World) -> Splits:
                 f"{config.protocol}; add them, or choose another protocol"
             )
         record[name] = split.record
+        if missing := sorted(set(range(split.num_classes)) - set(split.labels.tolist())):
+            absent[name] = [split.class_names[label] for label in missing]
         evaluation[name] = Batches(
             split,
             batch_size=config.eval_batch_size or settings.batch_size,
@@ -66,7 +68,11 @@ def load_splits(config: RunConfig, settings: Recipe, world: World) -> Splits:
             **shared,
         )
     return Splits(
-        train=source, evaluation=evaluation, num_classes=source.num_classes, record=record
+        train=source,
+        evaluation=evaluation,
+        num_classes=source.num_classes,
+        record=record,
+        absent=absent,
     )
 
 

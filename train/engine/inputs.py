@@ -1,7 +1,7 @@
 """The images of a run: what the engine needs of the data side."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
@@ -29,3 +29,5 @@ class Splits:
     num_classes: int
     record: Mapping[str, Any]
     """JSON: where the images come from, how they were split, checksums."""
+    absent: Mapping[str, list[str]] = field(default_factory=dict)
+    """Split -> classes of which it has no image, where there are any."""
