@@ -8,8 +8,8 @@ apart: the pipeline alone, the model alone on images that are there already, and
 which is what an epoch takes. With fewer photos than CUB has, seconds are scaled up to its 5,394
 training and 5,794 test images.
 
-Methods are interleaved: every method runs its part of an epoch in turn, as often as --rounds says.
-The pipeline alone is measured once for all methods, the model alone once for all sources. Before
+Methods are interleaved: every method runs its part of an epoch in turn, alone and with the
+pipeline, as often as --rounds says; the pipeline alone runs once a round for all of them. Before
 that, every method's loss, gradients and logits are checked against its plain form.
 
 Exit status 1: a method computes something else.
@@ -36,7 +36,7 @@ from tcpa import Savings
 from ..cli import choose_device, command
 from ..train.data.speed import cached_photos, write_photos
 from .epoch_data import SOURCES, Cached, Files, Pair, Source
-from .epoch_runner import Runner, checked_runners
+from .epoch_runner import checked_runners
 from .providers.step import StepCase, StepProvider, providers
 from .results import Provenance, Results, Row, make_rows, provenance
 from .step import choose
@@ -58,6 +58,8 @@ class Rate:
     together: list[float]
     pipeline: list[float]
     model: list[float]
+    speed: list[float]
+    """How many times as fast as the first provider it is, with the pipeline."""
     cost: list[float] | None = None
     """How many times as long as the same method without TCPA it takes, where that is measured."""
 
@@ -82,30 +84,34 @@ def measure(
     """
     device = torch.device(case.device)
     runners = checked_runners(case, chosen)
-    alone: dict[tuple[str, str], list[float]] = {}
     for mode, (source, images) in itertools.product(("train", "eval"), data.items()):
 
         def epoch(number: int, images: Source = images, mode: str = mode) -> Iterator[Pair]:
             return images.epoch(number, train=mode == "train")
 
-        first = next(iter(epoch(0)))
-        if (mode, chosen[0].name) not in alone:
-            # Where its images come from is nothing to the model.
-            alone |= _rates_alone(runners, mode, first, rounds)
+        # The queue of a GPU has to fill.
+        ready = [next(iter(epoch(0)))] * (10 if device.type == "cuda" else 1)
+        alone: dict[str, list[float]] = {name: [] for name in runners}
         together: dict[str, list[float]] = {name: [] for name in runners}
         pipeline = []
+        for runner in runners.values():
+            runner.use(mode)
+            images_per_second(ready[:1], runner.run, device)
         for number in range(rounds):
             pipeline.append(images_per_second(epoch(number), None, device))
             for name, runner in runners.items():
                 runner.use(mode)
+                alone[name].append(images_per_second(ready, runner.run, device))
                 together[name].append(images_per_second(epoch(number), runner.run, device))
         for p in chosen:
-            base, cost = without_tcpa(p, chosen), None
-            if base is not None:
-                both = zip(together[base.name], together[p.name], strict=True)
-                cost = [without / own for without, own in both]
-            rates = together[p.name], pipeline, alone[mode, p.name]
-            yield Rate(p.name, p.precision, source, mode, *rates, cost)
+            own, base = together[p.name], without_tcpa(p, chosen)
+            speed = _ratios(own, together[chosen[0].name])
+            cost = None if base is None else _ratios(together[base.name], own)
+            yield Rate(p.name, p.precision, source, mode, own, pipeline, alone[p.name], speed, cost)
+
+
+def _ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(above, below, strict=True)]
 
 
 def without_tcpa(provider: StepProvider, chosen: Sequence[StepProvider]) -> StepProvider | None:
@@ -114,20 +120,6 @@ def without_tcpa(provider: StepProvider, chosen: Sequence[StepProvider]) -> Step
         return None
     form = replace(provider, name="", method=provider.base_method, expected={})
     return next((p for p in chosen if replace(p, name="", expected={}) == form), None)
-
-
-def _rates_alone(
-    runners: dict[str, "Runner"], mode: str, batch: Pair, rounds: int
-) -> dict[tuple[str, str], list[float]]:
-    """Return the rates of the methods with a batch that is there already; warms all of them up."""
-    rates: dict[tuple[str, str], list[float]] = {(mode, name): [] for name in runners}
-    for turn in range(rounds + 1):
-        for name, runner in runners.items():
-            runner.use(mode)
-            rate = images_per_second([batch], runner.run, batch[0].device)
-            if turn > 0:
-                rates[mode, name].append(rate)
-    return rates
 
 
 def images_per_second(
@@ -153,6 +145,7 @@ def rows_of(case: StepCase, rate: Rate, images: int, where: Provenance) -> list[
         ("rate with pipeline", "images/s"): rate.together,
         ("rate of the pipeline alone", "images/s"): rate.pipeline,
         ("rate of the model alone", "images/s"): rate.model,
+        ("speed against the first", "x"): rate.speed,
     }
     if rate.cost is not None:
         figures["time against the same without TCPA", "x"] = rate.cost
@@ -179,8 +172,7 @@ def table(rates: Sequence[Rate], images: int) -> str:
         together, pipeline, model = (
             statistics.median(values) for values in (rate.together, rate.pipeline, rate.model)
         )
-        same = [r for r in rates if (r.source, r.mode) == (rate.source, rate.mode)]
-        speed = together / statistics.median(same[0].together)
+        speed = statistics.median(rate.speed)
         total = TRAIN_IMAGES if rate.mode == "train" else TEST_IMAGES
         cost = "" if rate.cost is None else f"{statistics.median(rate.cost):.2f}x"
         lines.append(

@@ -75,10 +75,10 @@ def test_the_command_measures_every_source_and_mode(tmp_path, capsys):
 
 
 def test_seconds_are_for_the_images_of_cub():
-    rate = Rate("tcpa", "float32", "cache", "train", [100.0], [1000.0], [110.0], [1.25])
+    rate = Rate("tcpa", "float32", "cache", "train", [100.0], [1000.0], [110.0], [2.0], [1.25])
     rows = rows_of(StepCase(), rate, 32, provenance(CPU))
     assert rows[0].metric == "seconds per epoch" and rows[0].p50 == pytest.approx(53.94)
-    slow = Rate("official", "float32", "cache", "train", [50.0], [1000.0], [51.0])
+    slow = Rate("official", "float32", "cache", "train", [50.0], [1000.0], [51.0], [1.0])
     assert {row.p50 for row in rows if row.metric.startswith("time against")} == {1.25}
     printed = table([slow, rate], 32)
     assert "2.00x" in printed and "1.25x" in printed and "scaled" not in table([slow, rate], 5394)
