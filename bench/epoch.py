@@ -10,9 +10,10 @@ training and 5,794 test images.
 
 Methods are interleaved: every method runs its part of an epoch in turn, alone and with the
 pipeline, as often as --rounds says; the pipeline alone runs once a round for all of them. Before
-that, every method's loss, gradients and logits are checked against its plain form.
+that, every method's loss, gradients and logits are checked against its plain form; one that
+differs, or cannot be computed here, is left out and named.
 
-Exit status 1: a method computes something else.
+Exit status 1: a method computes something else. 2: one cannot be measured.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from .epoch_runner import checked_runners
 from .providers.step import StepCase, StepProvider, providers
 from .results import Provenance, Results, Row, make_rows, provenance
 from .step import choose
-from .step_check import WrongResultError
+from .step_check import LeftOut, WrongResultError
 from .timing import Quantiles
 
 TRAIN_IMAGES, TEST_IMAGES = 5394, 5794
@@ -70,6 +71,7 @@ def measure(
     data: dict[str, Source],
     *,
     rounds: int,
+    left_out: LeftOut,
 ) -> Iterator[Rate]:
     """Measure every method with every source, training and test apart.
 
@@ -78,12 +80,17 @@ def measure(
         chosen: the methods.
         data: images by source.
         rounds: passes over the images for every figure.
+        left_out: takes the methods that fail before anything is measured, except for the first.
 
     Yields:
         One rate per mode, source and method.
+
+    Raises:
+        WrongResultError, UsageError: as `checked_runners`.
     """
     device = torch.device(case.device)
-    runners = checked_runners(case, chosen)
+    runners = checked_runners(case, chosen, left_out)
+    chosen = [provider for provider in chosen if provider.name in runners]
     for mode, (source, images) in itertools.product(("train", "eval"), data.items()):
 
         def epoch(number: int, images: Source = images, mode: str = mode) -> Iterator[Pair]:
@@ -94,9 +101,6 @@ def measure(
         alone: dict[str, list[float]] = {name: [] for name in runners}
         together: dict[str, list[float]] = {name: [] for name in runners}
         pipeline = []
-        for runner in runners.values():
-            runner.use(mode)
-            images_per_second(ready[:1], runner.run, device)
         for number in range(rounds):
             pipeline.append(images_per_second(epoch(number), None, device))
             for name, runner in runners.items():
@@ -250,14 +254,15 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 split, resident = cached_photos(paths, Path(folder) / "cache"), source == "device"
                 data[source] = Cached(split, device, batch=case.batch, resident=resident)
+        left_out = LeftOut()
         try:
-            for rate in measure(case, chosen, data, rounds=options.rounds):
+            for rate in measure(case, chosen, data, rounds=options.rounds, left_out=left_out):
                 found.append(rate)
                 results.add(rows_of(case, rate, options.images, where))
         except WrongResultError as error:
             print(f"tcpa-bench epoch: {error}", file=sys.stderr)
             return 1
-    return 0
+    return left_out.tell("tcpa-bench epoch")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cli import UsageError
 from .providers.step import StepCase, StepProvider
 from .providers.step_model import build_model, capture, loss_of, make_batch, run_model
-from .step_check import Answer, Truths, answer_of
+from .step_check import Answer, LeftOut, Truths, WrongResultError, answer_of
 
 
 class Runner:
@@ -51,6 +52,13 @@ class Runner:
         loss.backward()
         return loss
 
+    def warm_up(self, case: StepCase) -> None:
+        """Train and test on a batch: compilation and recording are done with after it."""
+        images, labels = make_batch(case, self._model)
+        for mode in ("train", "eval"):
+            self.use(mode)
+            self.run(images, labels)
+
     def answer(self, case: StepCase) -> Answer:
         """Compute what a case asks for and change nothing."""
         self.use(case.mode)
@@ -84,13 +92,21 @@ class GraphStep:
         self._replay()
 
 
-def checked_runners(case: StepCase, chosen: Sequence[StepProvider]) -> dict[str, Runner]:
-    """Build all methods and compare what they compute with their plain forms.
+def checked_runners(
+    case: StepCase, chosen: Sequence[StepProvider], left_out: LeftOut
+) -> dict[str, Runner]:
+    """Build all methods, compare what they compute with their plain forms and warm them up.
 
     Two images say what a batch would, but what is compiled or recorded is so for one size.
 
+    Args:
+        case: model, batch and device; the mode is not looked at.
+        chosen: the methods.
+        left_out: takes those that fail, except for the first.
+
     Raises:
-        WrongResultError: a method computes something else.
+        WrongResultError: the first one computes something else.
+        UsageError: it cannot be computed here.
     """
     fixed = any(provider.compiled for provider in chosen)
     cases = [
@@ -100,8 +116,21 @@ def checked_runners(case: StepCase, chosen: Sequence[StepProvider]) -> dict[str,
     truths = [Truths(one) for one in cases]
     runners: dict[str, Runner] = {}
     for provider in chosen:
-        runners[provider.name] = runner = Runner(case, provider)
-        for one, truth in zip(cases, truths, strict=True):
-            truth.prepare(provider)
-            truth.check(provider, runner.answer(one))
+        try:
+            runner = Runner(case, provider)
+            for one, truth in zip(cases, truths, strict=True):
+                truth.prepare(provider)
+                truth.check(provider, runner.answer(one))
+            runner.warm_up(case)
+        except Exception as error:
+            # Whatever keeps it from being computed is what the user has to know.
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            if not isinstance(error, WrongResultError):
+                where = f"{provider.name}, --model {case.model} --batch {case.batch}"
+                error = UsageError(f"{where}: {reason}")
+            if provider is chosen[0]:
+                raise error from None
+            left_out.add(error)
+        else:
+            runners[provider.name] = runner
     return runners

@@ -12,9 +12,9 @@ CPU, what the allocator held on a GPU.
 was thought to bring stands beside what it brought.
 
 Every provider lives in a process of its own; the rounds go through the providers in turn, so that a
-noisy machine disturbs all of them alike. No figure is printed for a provider whose loss and
-gradients differ from the plain form of its method, computed by the reference. When a provider fails
-or the run is interrupted, the figures of the rounds before are printed.
+noisy machine disturbs all of them alike. A provider whose loss and gradients differ from the plain
+form of its method, computed by the reference, or that cannot be computed here, is left out and
+named. When one fails later or the run is interrupted, the figures of the rounds before are printed.
 
 Exit status 1: a provider computes something else. 2: it cannot be measured.
 """
@@ -36,7 +36,7 @@ from . import ceilings
 from .hardware import Ceilings
 from .providers.step import INPUT, StepCase, StepProvider, ladder, providers
 from .results import Provenance, Results, Row, make_rows, provenance
-from .step_check import Answer, Truths, WrongResultError
+from .step_check import Answer, LeftOut, Truths, WrongResultError
 from .step_costs import StepCost, predicted_speed, step_cost
 from .step_worker import Worker
 from .timing import Quantiles
@@ -74,7 +74,12 @@ class StoppedError(Exception):
 
 
 def measure(
-    case: StepCase, chosen: Sequence[StepProvider], rounds: int, *, kinds: bool = False
+    case: StepCase,
+    chosen: Sequence[StepProvider],
+    rounds: int,
+    *,
+    kinds: bool = False,
+    left_out: LeftOut | None = None,
 ) -> list[StepResult]:
     """Measure one step.
 
@@ -83,9 +88,11 @@ def measure(
         chosen: the ways to compute it; the first one is the yardstick.
         rounds: timed steps of every provider.
         kinds: also profile one step of each.
+        left_out: takes providers that fail before the first round, except for the yardstick; None:
+            they raise.
 
     Returns:
-        One result per provider.
+        One result per provider that is not left out.
 
     Raises:
         WrongResultError: a provider's loss or gradients differ from those of its method.
@@ -98,12 +105,21 @@ def measure(
     trained: list[int] = []
     try:
         for provider in chosen:
-            truths.prepare(provider)
-            running.append(Worker(case, provider))
-            # One at a time: two first steps at once would fight for the cores.
-            answer = running[-1].answer()
-            errors.append(truths.check(provider, answer))
-            trained.append(answer.trained)
+            try:
+                truths.prepare(provider)
+                running.append(Worker(case, provider))
+                # One at a time: two first steps at once would fight for the cores.
+                answer = running[-1].answer()
+                errors.append(truths.check(provider, answer))
+            except (UsageError, WrongResultError) as error:
+                if left_out is None or provider is chosen[0]:
+                    raise
+                left_out.add(error)
+                for worker in running[len(errors) :]:
+                    worker.stop()
+                del running[len(errors) :]
+            else:
+                trained.append(answer.trained)
         return _measure_rounds(running, rounds, errors, trained, kinds)
     finally:
         for worker in running:
@@ -330,17 +346,18 @@ def main(argv: list[str] | None = None) -> int:
     results = Results(options.results)
     if options.threads:
         torch.set_num_threads(options.threads)
-    where = provenance(device)
+    where, left_out = provenance(device), LeftOut()
     try:
-        found = measure(case, chosen, options.rounds, kinds=options.kinds)
+        found = measure(case, chosen, options.rounds, kinds=options.kinds, left_out=left_out)
     except WrongResultError as error:
         print(f"tcpa-bench step: {error}", file=sys.stderr)
         return 1
     except StoppedError as stopped:
         _hand_out(case, stopped.results, results, where)
+        left_out.tell("tcpa-bench step")
         raise (stopped.__cause__ or stopped) from None
     _hand_out(case, found, results, where)
-    return 0
+    return left_out.tell("tcpa-bench step")
 
 
 def _hand_out(case: StepCase, found: list[StepResult], results: Results, where: Provenance) -> None:

@@ -1,6 +1,7 @@
 """Whether a provider of a step computes what its method does: loss, logits and gradients."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,26 @@ JUDGE_CHUNK = 8
 
 class WrongResultError(RuntimeError):
     """A provider computes something else than its method."""
+
+
+class LeftOut:
+    """Providers that are not measured, and why: one that fails is no reason to lose the others."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+        self.status = 0
+        """Exit status: 1 if one computes something else, 2 if one cannot compute this."""
+
+    def add(self, reason: Exception) -> None:
+        """Keep a reason."""
+        self.reasons.append(str(reason))
+        self.status = 1 if isinstance(reason, WrongResultError) or self.status == 1 else 2
+
+    def tell(self, program: str) -> int:
+        """Print the reasons and return the exit status."""
+        for reason in self.reasons:
+            print(f"{program}: left out: {reason}", file=sys.stderr)
+        return self.status
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,15 +104,26 @@ def _serve(connection: Connection, case: StepCase, provider: StepProvider, plain
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         connection.send(f"{provider.name}, --model {case.model} --batch {case.batch}: {reason}")
         return
-    connection.send(answer)
     device = torch.device(case.device)
+    _hand_back(device)
+    connection.send(answer)
     # Until the other side is gone.
     with contextlib.suppress(EOFError, OSError):
         while True:
-            if connection.recv() == "kinds":
-                connection.send(time_by_kind(step, device))
-            else:
-                connection.send(_timed(step, device))
+            measure = time_by_kind if connection.recv() == "kinds" else _timed
+            if device.type == "cuda":
+                # Memory that was handed back is asked for again, and not in the step that counts.
+                step()
+            found = measure(step, device)
+            _hand_back(device)
+            connection.send(found)
+
+
+def _hand_back(device: torch.device) -> None:
+    """Give a GPU's memory to the next process: all providers share it, one at a time."""
+    if device.type == "cuda":
+        _wait(device)
+        torch.cuda.empty_cache()
 
 
 def _timed(step: Any, device: torch.device) -> tuple[float, float]:

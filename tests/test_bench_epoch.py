@@ -1,5 +1,7 @@
 """Promise: seconds per epoch come from real passes over images, the same from every source."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,12 @@ from tcpa.bench import epoch, epoch_runner
 from tcpa.bench.epoch import Rate, one_form_each, rows_of, table, without_tcpa
 from tcpa.bench.epoch_data import Cached, Files
 from tcpa.bench.epoch_runner import checked_runners
-from tcpa.bench.providers.step import StepCase, providers
+from tcpa.bench.providers.step import StepCase, StepProvider, providers
 from tcpa.bench.results import load, provenance
-from tcpa.bench.step_check import WrongResultError
+from tcpa.bench.step_check import LeftOut, WrongResultError
 from tcpa.train.data.speed import cached_photos, write_photos
+
+from tcpa.cli import UsageError
 
 CPU = torch.device("cpu")
 
@@ -111,7 +115,23 @@ def test_methods_are_checked_before_they_are_timed(precision):
     case = StepCase(model="vit_tiny_patch16_224", batch=3)
     on_images = [p for p in providers(precision, "cpu") if p.input_prompt is not None]
     assert len(on_images) == 6
-    assert list(checked_runners(case, on_images)) == [p.name for p in on_images]
+    assert list(checked_runners(case, on_images, LeftOut())) == [p.name for p in on_images]
+
+
+def test_a_method_that_fails_is_left_out_and_named(capsys):
+    case = StepCase(model="test_vit", batch=2)
+    good = StepProvider(name="VPT-deep", method="vpt-deep")
+    kernels = replace(good, name="kernels", impl="triton", precision="float64")
+    left_out = LeftOut()
+    assert list(checked_runners(case, [good, kernels], left_out)) == ["VPT-deep"]
+    assert left_out.tell("tcpa-bench epoch") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("tcpa-bench epoch: left out: kernels, --model test_vit --batch 2: ")
+    with pytest.raises(UsageError, match="kernels, --model test_vit"):
+        checked_runners(case, [kernels, good], LeftOut())
+    left_out.add(WrongResultError("provider 'x' differs"))
+    left_out.add(UsageError("y"))
+    assert left_out.status == 1
 
 
 def test_no_figure_of_a_wrong_result(tmp_path, capsys, monkeypatch):

@@ -33,7 +33,14 @@ from tcpa.bench.step import (
     table,
     with_costs,
 )
-from tcpa.bench.step_check import Answer, Truths, WrongResultError, largest_error, plain_answer
+from tcpa.bench.step_check import (
+    Answer,
+    LeftOut,
+    Truths,
+    WrongResultError,
+    largest_error,
+    plain_answer,
+)
 from tcpa.bench.step_costs import backbone_sizes, step_cost
 from tcpa.bench.step_worker import Worker
 
@@ -346,6 +353,31 @@ def test_the_rounds_before_a_failure_are_kept(
     printed, told = capsys.readouterr()
     assert "2 rounds" in printed and "tcpa" in printed and message in told
     assert {row.samples for row in load(path) if row.metric == "time"} == {2}
+
+
+def test_a_provider_that_fails_costs_no_other_its_figures(tmp_path, capsys, monkeypatch):
+    bad = [
+        StepProvider(name="kernels", method="vpt-deep", impl="triton", precision="float64"),
+        StepProvider(name="wrong", method="linear", savings=Savings.none()),
+    ]
+    good = StepProvider(name="official", method="linear")
+    check = Truths.check
+
+    def strict(self, provider, answer):
+        if provider.name == "wrong":
+            raise WrongResultError("provider 'wrong' differs")
+        return check(self, provider, answer)
+
+    monkeypatch.setattr(Truths, "check", strict)
+    monkeypatch.setattr(step, "providers", lambda *_: [good, *bad, replace(good, name="last")])
+    path = tmp_path / "step.jsonl"
+    options = ["--model", "test_vit", "--batch", "1", "--rounds", "1", "--results", str(path)]
+    assert step.main(options) == 1
+    told = capsys.readouterr().err
+    assert "left out: kernels, --model test_vit" in told and "left out: provider 'wrong'" in told
+    assert {row.provider for row in load(path)} == {"official", "last"}
+    with pytest.raises(UsageError, match="kernels"):
+        measure(SMALL, [*bad, good], 1, left_out=LeftOut())
 
 
 def test_a_wrong_result_is_told_in_one_line(monkeypatch, capsys):

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ TESTED_ELSEWHERE = {
     "python -m tcpa.verify tests/golden/*.npz": "test_golden.py, file by file",
     "python -m tcpa.verify --plain tests/golden/vfpt_deep_10.npz": "test_golden.py, every file",
     "tcpa-train inspect --demo": "test_inspect_command.py, with --quick",
+    "tcpa-train methods": "test_train_methods_command.py, with a small backbone",
     **dict.fromkeys(TRAINING, "test_training_commands"),
 }
 QUICK = ["--quick", "--output", "TMP/out"]
@@ -47,22 +49,25 @@ def test_the_readme_has_the_two_commands():
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in TESTED_ELSEWHERE])
-def test_commands(command, tmp_path):
+def test_commands(command, tmp_path, monkeypatch):
+    """In this process, which has done the imports."""
     program, *arguments = shlex.split(command)
     if program == "make":
         # What the target runs, shortened; `make -n` shows that it is the same program.
         planned = run(["make", "-n", *arguments], ROOT).stdout
         assert f"-m tcpa.train {arguments[0]}" in planned
-        words = [sys.executable, "-m", "tcpa.train", *arguments, *QUICK]
-    elif program == "python":
-        words = [sys.executable, *arguments]
-    else:
-        found = shutil.which(program, path=str(Path(sys.executable).parent))
-        assert found, f"{program} is not installed"
-        writes = arguments[0] in ("ablate", "inspect")
-        words = [found, *arguments, *(word for word in QUICK if writes and word not in arguments)]
-    done = run([word.replace("TMP", str(tmp_path)) for word in words], ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
+        program = "tcpa-train"
+    quick = program == "tcpa-train" and arguments[0] in ("demo", "ablate", "inspect")
+    if quick and "--help" not in arguments:
+        arguments += [word for word in QUICK if word not in arguments]
+    (entry,) = entry_points(group="console_scripts", name=program)
+    assert shutil.which(program, path=str(Path(sys.executable).parent)), f"{program} is missing"
+    monkeypatch.chdir(ROOT)
+    try:
+        status = entry.load()([word.replace("TMP", str(tmp_path)) for word in arguments])
+    except SystemExit as end:
+        status = end.code
+    assert status == 0
 
 
 def test_training_commands(tmp_path, monkeypatch, capsys):
