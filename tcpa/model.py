@@ -23,6 +23,7 @@ from .config import PromptConfig, Savings
 from .dispatch import Impl, autocast_dtype, choose_impl
 from .methods.input_config import InputConfig
 from .methods.input_prompts import ClusterFramePrompt
+from .methods.kv_prompts import E2VPTPrompts
 from .methods.parts import make_parts
 from .methods.tuning import backbone_parameters, dropout_layers, make_head
 from .methods.tuning_config import HeadTuning
@@ -252,8 +253,9 @@ class PromptedViT(Passes):
 
     @property
     def num_trainable(self) -> int:
-        """Number of trained values."""
-        return sum(p.numel() for p in self.trainable_parameters())
+        """Number of trained values, without those of E2VPT's prompts that are pruned."""
+        pruned = self.tokens.num_pruned if isinstance(self.tokens, E2VPTPrompts) else 0
+        return sum(p.numel() for p in self.trainable_parameters()) - pruned
 
     @property
     def implementation(self) -> tuple[str, str]:

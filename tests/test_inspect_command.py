@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from tcpa.train.__main__ import main
 from tcpa.train.backbones import load_backbone
+from tcpa.train.inspect import maps
 from tcpa.train.inspect.config import InspectConfig
 from tcpa.train.inspect.run import run_inspect
 from tcpa.train.run import run
@@ -176,6 +177,16 @@ def test_the_selection_maps_hold_the_top_k_lists(demo: Path) -> None:
     np.testing.assert_array_equal(shown, expected)
     colours = {(a["data-k"].split()[0], a["fill"]) for a in rects}
     assert len({colour for _, colour in colours}) == len(colours)
+
+
+def test_a_small_map_has_room_for_the_names_of_its_axes() -> None:
+    order = np.arange(8).reshape(4, 2) % 3
+    text = maps._svg(order, (2, 2), "#picture", ["#111111"] * 3, 0)
+    found = re.search(r'viewBox="(\S+) (\S+) (\S+) (\S+)"', text)
+    assert found is not None and text.count("<rect") == 4
+    left, _, width, height = map(float, found.groups())
+    # "patch column" is about 60 wide, in the middle of the columns.
+    assert width + left >= 60 and height >= width
 
 
 def test_the_numbers_agree_with_each_other(demo: Path) -> None:

@@ -108,7 +108,8 @@ def test_e2vpt_is_tokens_and_keys_that_are_values():
 
 
 def test_pruning_takes_the_lowest_first_and_leaves_one():
-    tokens = wrap(TINY.create(), tcpa.E2VPTConfig(length=4, segments=4)).tokens
+    model = wrap(TINY.create(), tcpa.E2VPTConfig(length=4, segments=4))
+    tokens, every = model.tokens, model.num_trainable
     importance = torch.tensor([0.3, -2.0, 0.1, 0.2])
     segments = torch.tensor([[3.0, 1, 2, 0]] * 4)
     tokens.prune(importance, segments, 0.5, 0.25)
@@ -117,6 +118,7 @@ def test_pruning_takes_the_lowest_first_and_leaves_one():
     tokens.prune(importance, segments, 1.0, 1.0)
     assert tokens.token_mask.tolist() == [1, 0, 0, 0]
     assert tokens.segment_mask.tolist() == [[1, 0, 0, 0]] * 4
+    assert model.num_trainable == every - tokens.prompts.numel() * 15 // 16
     assert tokens.eval()(2)[:, 1:].abs().sum() == 0
 
 

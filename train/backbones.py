@@ -57,6 +57,22 @@ class BackboneRecord:
         return asdict(self)
 
 
+def model_name(name: str) -> str:
+    """Return timm's name of a backbone.
+
+    Raises:
+        UsageError: there is no such model.
+    """
+    full = ALIASES.get(name, name)
+    if not timm.is_model(full):
+        near = difflib.get_close_matches(full, [*ALIASES, *timm.list_models()], n=1)
+        hint = f"did you mean {near[0]}?" if near else "timm.list_models() lists all"
+        raise UsageError(
+            f"--backbone: got {name!r}, expected {', '.join(ALIASES)} or a timm model; {hint}"
+        )
+    return full
+
+
 def load_backbone(
     name: str, weights: str = "pretrained", *, image_size: int = 224, head: bool = False
 ) -> tuple[nn.Module, BackboneRecord]:
@@ -74,13 +90,7 @@ def load_backbone(
     Raises:
         UsageError: there is no such model, no such file, no connection, or the file does not fit.
     """
-    full = ALIASES.get(name, name)
-    if not timm.is_model(full):
-        near = difflib.get_close_matches(full, [*ALIASES, *timm.list_models()], n=1)
-        hint = f"did you mean {near[0]}?" if near else "timm.list_models() lists all"
-        raise UsageError(
-            f"--backbone: got {name!r}, expected {', '.join(ALIASES)} or a timm model; {hint}"
-        )
+    full = model_name(name)
     from_file = weights not in ("pretrained", "none")
     got, remedy = f"{weights} with --mapping", "use the weights of timm, whose head is known"
     require(not (head and from_file), "--weights", got, "pretrained or none", remedy)

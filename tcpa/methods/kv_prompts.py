@@ -52,10 +52,19 @@ class E2VPTPrompts(nn.Module):
             for block in self.key_values:
                 nn.init.kaiming_uniform_(block)
 
+    def _mask(self) -> Tensor:
+        """Return what is left of the tokens of a block, `[P, C]`, 1 or 0."""
+        segments = self.segment_mask * self.token_mask[:, None]
+        return segments.repeat_interleave(self.prompts.shape[-1] // segments.shape[1], dim=1)
+
+    @property
+    def num_pruned(self) -> int:
+        """Number of values of the prompts that pruning has taken out."""
+        return len(self.prompts) * int((self._mask() == 0).sum())
+
     def forward(self, batch_size: int) -> Tensor:
         """Return the tokens of all blocks, `[N, P, C]` or, per sample, `[N, B, P, C]`."""
-        segments = self.segment_mask * self.token_mask[:, None]
-        mask = segments.repeat_interleave(self.prompts.shape[-1] // segments.shape[1], dim=1)
+        mask = self._mask()
         dropout, training = self.config.dropout, self.training
         return drop_elements(self.prompts * mask, dropout, batch_size, training, shared=False)
 

@@ -9,7 +9,7 @@ from typing import Any
 import tcpa
 
 from ...cli import UsageError, require
-from ..backbones import sha256
+from ..backbones import model_name, sha256
 from ..config import RunConfig
 from ..data.splits import NAMES
 from ..data.vtab_tasks import VTAB
@@ -62,6 +62,8 @@ def resolve(config: RunConfig) -> Recipe:
     hint = f"did you mean {near[0]}?" if near else "choose one of these"
     known = config.dataset in NAMES
     require(known, "DATASET", repr(config.dataset), ", ".join(NAMES), hint)
+    # Now, and not when it is loaded: an earlier run in the folder would be spoken of first.
+    model_name(config.backbone)
     chosen = {"input_prompt": config.input_prompt, "tuning": config.tuning}
     found = recipe(config.dataset, compose(config.method, parity=config.parity, **chosen))
     given = {field: getattr(config, option) for option, field in DIRECT.items()}

@@ -14,6 +14,9 @@ from .measure import Inspection, Measured
 CELL, MARGIN = 20, 16
 """Side of a patch and room for the numbers of rows and columns, SVG units."""
 
+LEAST = 80
+"""Side of a map that has room for the names of its axes, SVG units."""
+
 WIDE = 10
 """Patches side by side from which on a map needs more room."""
 
@@ -78,7 +81,8 @@ def _svg(
     order: np.ndarray, grid: tuple[int, int], picture: str, colours: list[str], block: int
 ) -> str:
     rows, columns = grid
-    width, height = columns * CELL, rows * CELL
+    cell = max(CELL, LEAST // min(grid))
+    width, height = columns * cell, rows * cell
     parts = [
         f'<svg class="selection" viewBox="{-2 * MARGIN} {-2 * MARGIN} {width + 2 * MARGIN + 2} '
         f'{height + 2 * MARGIN + 2}" role="img" '
@@ -91,21 +95,21 @@ def _svg(
         else f'<image {picture} width="{width}" height="{height}" preserveAspectRatio="none"/>',
     ]
     for column in range(columns):
-        parts.append(f'<text x="{column * CELL + CELL / 2:g}" y="-4" class="tick">{column}</text>')
+        parts.append(f'<text x="{column * cell + cell / 2:g}" y="-4" class="tick">{column}</text>')
     for place, entries in enumerate(order.tolist()):
         row, column = divmod(place, columns)
-        x, y, first = column * CELL, row * CELL, entries[0]
+        x, y, first = column * cell, row * cell, entries[0]
         if column == 0:
             parts.append(
-                f'<text x="{-MARGIN / 2:g}" y="{y + CELL / 2:g}" class="tick" dy="0.35em">{row}'
+                f'<text x="{-MARGIN / 2:g}" y="{y + cell / 2:g}" class="tick" dy="0.35em">{row}'
                 "</text>"
             )
         chosen = " ".join(map(str, entries))
         parts.append(
-            f'<rect x="{x}" y="{y}" width="{CELL}" height="{CELL}" fill="{colours[first]}" '
+            f'<rect x="{x}" y="{y}" width="{cell}" height="{cell}" fill="{colours[first]}" '
             f'data-at="{row},{column}" data-k="{chosen}"><title>row {row}, column {column}: '
             f"{escape(chosen)}</title></rect>"
-            f'<text x="{x + CELL / 2:g}" y="{y + CELL / 2:g}" dy="0.35em">{first}</text>'
+            f'<text x="{x + cell / 2:g}" y="{y + cell / 2:g}" dy="0.35em">{first}</text>'
         )
     return "".join([*parts, "</svg>"])
 
