@@ -279,6 +279,19 @@ def test_a_finished_run_with_its_checkpoints(tmp_path) -> None:
     assert model["selection"]["epochs"][-1] == 2
 
 
+def test_a_run_that_maps_the_logits_of_the_models_own_head(tmp_path) -> None:
+    options = {"method": "autovp+tcpa", "mapping": "frequency"}
+    config = make_config(tmp_path / "runs", weights="none", epochs=1, **options)
+    result = run(config, make_splits())
+    folder = next(path.parent for path in (tmp_path / "runs").rglob("result.json"))
+    images = make_images(tmp_path / "images")
+    options = {"output": tmp_path / "out", "show": 1, "device": "cpu", "patches": ("0,0",)}
+    page = run_inspect(InspectConfig(runs=(folder,), images=images, **options))
+    mapped, bare = numbers(page)["models"]
+    assert mapped["accuracy_percent"] == pytest.approx(result.accuracy)
+    assert bare["name"] == "no prompt" and mapped["selection"] is not None
+
+
 def test_images_without_classes_and_in_grey(inputs, weights, tmp_path, capsys) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
