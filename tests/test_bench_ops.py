@@ -6,9 +6,11 @@ import json
 import pytest
 import torch
 from tcpa.bench import __main__ as cli
-from tcpa.bench import ceilings, ops, timing
+from tcpa.bench import ceilings, ops, ops_race, timing
 from tcpa.bench.costs import operations as cost
-from tcpa.bench.ops import OPERATIONS, Case, Operation, Race, best_composition, choose_providers
+from tcpa.bench.ops import choose_providers
+from tcpa.bench.ops_cases import MODES, OPERATIONS, TIME, Case, Operation
+from tcpa.bench.ops_race import Race, best_composition, call_of
 from tcpa.bench.providers.attention import PROVIDERS
 from tcpa.bench.providers.attention_case import AttentionCase
 from tcpa.bench.results import Results, Row, load, make_rows, provenance
@@ -79,7 +81,7 @@ def test_the_command_measures_all_operations_end_to_end(tmp_path, capsys):
     printed = capsys.readouterr().out
     rows = load(path)
     for name, operation in OPERATIONS.items():
-        for mode in ops.MODES:
+        for mode in MODES:
             found = {r.provider for r in rows if (r.operation, r.mode) == (name, mode)}
             for provider in operation.providers:
                 reason = provider.unavailable(TINY, "fp32", CPU, mode)
@@ -123,7 +125,7 @@ def test_a_floor_gets_no_rates_and_a_mark(capsys):
     assert "* less work than the operation's: a floor, no competitor" in printed
 
 
-@pytest.mark.parametrize("mode", ops.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_a_wrong_provider_is_refused_and_gets_no_row(mode, capsys):
     def change(found):
         return {name: value * 1.01 for name, value in found.items()}
@@ -206,7 +208,7 @@ def test_a_run_resumes_and_measures_again_only_when_asked(tmp_path, monkeypatch,
     assert timed[2:] == [["official"]]
     # Another commit is another measurement.
     here = provenance(CPU)
-    monkeypatch.setattr(ops, "provenance", lambda _: dataclasses.replace(here, commit="other"))
+    monkeypatch.setattr(ops_race, "provenance", lambda _: dataclasses.replace(here, commit="other"))
     race(OFFICIAL, path=path)
     assert len(timed) == 4
 
@@ -227,19 +229,19 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path, monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
     assert {row.mode for row in load(path) if row.command == "ops"} == {"forward"}
     assert ops.main(arguments) == 0
-    assert {row.mode for row in load(path)} == set(ops.MODES)
+    assert {row.mode for row in load(path)} == set(MODES)
 
 
 def test_what_is_timed_is_what_the_mode_says():
     case = AttentionCase(TINY, "fp32", CPU)
     prepared = OFFICIAL.prepare(case, True)
-    (out,) = ops.call_of(OFFICIAL.prepare(case, False), "forward")()
+    (out,) = call_of(OFFICIAL.prepare(case, False), "forward")()
     assert not out.requires_grad
-    backward = ops.call_of(prepared, "backward")
+    backward = call_of(prepared, "backward")
     # One graph serves every call.
     for one, other in zip(backward(), backward(), strict=True):
         assert torch.equal(one, other)
-    for one, other in zip(backward(), ops.call_of(prepared, "both")(), strict=True):
+    for one, other in zip(backward(), call_of(prepared, "both")(), strict=True):
         assert torch.equal(one, other)
 
 
@@ -255,7 +257,7 @@ def test_the_best_back_end_is_the_one_reported(capsys):
     case = Case(attention(OFFICIAL, slow, fast), TINY, "fp32", "both")
     for label, values in times.items():
         fields = case.fields | {"provider": label}
-        rows = make_rows({ops.TIME: timing.Quantiles.of(values)}, provenance(CPU), **fields)
+        rows = make_rows({TIME: timing.Quantiles.of(values)}, provenance(CPU), **fields)
         found.results.add(rows)
     table = found._table(case, {}, new=True)
     assert f"{fast.label}, best of 2" in table and slow.label not in table

@@ -23,16 +23,7 @@ from tcpa.bench.providers.step import (
 from tcpa.bench.providers.step_model import build_model, fold_norms
 from tcpa.bench.results import load, provenance
 from tcpa.bench.shapes import BACKBONES
-from tcpa.bench.step import (
-    StepResult,
-    StoppedError,
-    _measure_rounds,
-    choose,
-    measure,
-    rows_of,
-    table,
-    with_costs,
-)
+from tcpa.bench.step import StoppedError, _measure_rounds, choose, measure, with_costs
 from tcpa.bench.step_check import (
     Answer,
     LeftOut,
@@ -42,6 +33,7 @@ from tcpa.bench.step_check import (
     plain_answer,
 )
 from tcpa.bench.step_costs import backbone_sizes, step_cost
+from tcpa.bench.step_results import StepResult, rows_of, table
 from tcpa.bench.step_worker import Worker
 
 from tcpa import Savings
