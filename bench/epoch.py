@@ -38,10 +38,11 @@ from ..cli import choose_device, command
 from ..train.data.speed import cached_photos, write_photos
 from .epoch_data import SOURCES, Cached, Files, Pair, Source
 from .epoch_runner import checked_runners
+from .providers.base import WrongResultError
 from .providers.step import StepCase, StepProvider, providers
 from .results import Provenance, Results, Row, make_rows, provenance
 from .step import choose
-from .step_check import LeftOut, WrongResultError
+from .step_check import LeftOut
 from .timing import Quantiles
 
 TRAIN_IMAGES, TEST_IMAGES = 5394, 5794

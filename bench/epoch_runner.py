@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..cli import UsageError
+from .providers.base import WrongResultError
 from .providers.step import StepCase, StepProvider
 from .providers.step_model import build_model, capture, loss_of, make_batch, run_model
-from .step_check import Answer, LeftOut, Truths, WrongResultError, answer_of
+from .step_check import Answer, LeftOut, Truths, answer_of
 
 
 class Runner:

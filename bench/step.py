@@ -33,9 +33,10 @@ from tcpa import HTA_DATASETS
 from ..cli import UsageError, choose_device, command
 from . import ceilings
 from .hardware import Ceilings
+from .providers.base import WrongResultError
 from .providers.step import INPUT, StepCase, StepProvider, ladder, providers
 from .results import Provenance, Results, provenance
-from .step_check import Answer, LeftOut, Truths, WrongResultError
+from .step_check import Answer, LeftOut, Truths
 from .step_costs import predicted_speed, step_cost
 from .step_results import StepResult, rows_of, table
 from .step_worker import Worker

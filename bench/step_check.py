@@ -11,6 +11,7 @@ import torch
 
 from tcpa import Savings
 
+from .providers.base import WrongResultError
 from .providers.step import StepCase, StepProvider
 from .providers.step_model import build_model, loss_of, make_batch, run_model
 
@@ -19,10 +20,6 @@ FLOOR = {"float64": 1e-9, "float32": 1e-3, "autocast": 1e-3, "bfloat16": 1e-3}
 
 JUDGE_CHUNK = 8
 """Images that the judge computes at once, so that its memory does not grow with the batch."""
-
-
-class WrongResultError(RuntimeError):
-    """A provider computes something else than its method."""
 
 
 class LeftOut:

@@ -13,6 +13,7 @@ from models import ARCHITECTURES
 from tcpa.bench import __main__ as cli
 from tcpa.bench import step, step_check, step_worker
 from tcpa.bench.kinds import GAPS, KINDS, REST, add_up, kind_of, time_by_kind
+from tcpa.bench.providers.base import WrongResultError
 from tcpa.bench.providers.step import (
     StepCase,
     StepProvider,
@@ -28,7 +29,6 @@ from tcpa.bench.step_check import (
     Answer,
     LeftOut,
     Truths,
-    WrongResultError,
     largest_error,
     plain_answer,
 )
