@@ -12,6 +12,7 @@ from .build import create_model, wrap
 from .capture import BlockRecord, Capture
 from .config import HTA_DATASETS, PromptConfig, Savings, TCPAConfig, VPTConfig
 from .dispatch import choose_impl
+from .loading import from_pretrained
 from .methods.input_config import AutoVPConfig, DAMVPConfig, InputConfig, LIONConfig, VPConfig
 from .methods.token_config import E2VPTConfig, GatedPromptConfig
 from .methods.tuning_config import (
@@ -36,7 +37,7 @@ from .reference import (
     role_gate,
     unpack_gate,
 )
-from .saving import from_pretrained, save_pretrained
+from .saving import save_pretrained
 
 __version__ = "0.1.0"
 

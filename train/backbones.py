@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
+from tcpa.adapter_format import backbone_fingerprint
 from tcpa.build import require_covered
-from tcpa.saving import backbone_fingerprint
 
 from ..cli import UsageError, require
 from . import hub

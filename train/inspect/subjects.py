@@ -11,7 +11,7 @@ from torch import nn
 
 import tcpa
 from tcpa import blocks
-from tcpa.saving import CONFIG_FILE
+from tcpa.adapter_format import CONFIG_FILE
 
 from ...cli import UsageError
 from ..backbones import ALIASES, load_backbone

@@ -1,0 +1,182 @@
+"""The format of a saved adapter: its two files, the fields of the JSON one, and the checksums.
+
+An adapter is a folder of `adapter_config.json` (method, backbone, normalisation, versions) and
+`adapter_model.safetensors` (prompts, optional modules, head). The frozen backbone is not in it, but
+its fingerprint is, so that an adapter is never put on other weights unnoticed. `saving.py` writes
+the two files and `loading.py` reads them; `read_config` here is the check of the JSON file.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import blocks
+from .checks import config_from_dict, require, require_choice
+from .config import TOKEN_PROMPTS, PromptConfig
+from .methods.input_config import INPUT_PROMPTS
+from .methods.tuning import backbone_parameters
+from .methods.tuning_config import TUNINGS, HeadTuning
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+FORMAT = "tcpa-adapter"
+FORMAT_VERSION = 1
+METHODS: dict[str, type | None] = {**TOKEN_PROMPTS, "linear": None}
+CHOICES: dict[str, dict[str, Any]] = {"input_prompt": INPUT_PROMPTS, "tuning": TUNINGS}
+"""Fields of an adapter that has such a choice beside its token prompts; each holds the name of its
+kind and its configuration."""
+SCHEMA: dict[str, Any] = {
+    "method": str,
+    "config": (dict, type(None)),
+    "num_classes": int,
+    "sha256": str,
+    "backbone": {
+        "name": str,
+        "image_size": list,
+        "dtype": str,
+        "settings": dict,
+        "fingerprint": str,
+    },
+    "normalization": {"mean": list, "std": list},
+}
+"""What `adapter_config.json` must hold, and of which type."""
+
+
+def folder_of(directory: object) -> Path:
+    """Return the folder that a caller named; a TypeError says what else came."""
+    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
+        raise TypeError(f"directory: got {directory!r}, expected a folder's path; name one")
+    return Path(os.fsdecode(directory))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return what `adapter_config.json` says, every field there and of its type.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: it is not where an adapter has it.
+        ValueError: it is not ours, of another version, or damaged.
+    """
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"directory: no {path.name} in {path.parent}, expected a folder written by "
+            "save_pretrained; check the path"
+        ) from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: got a folder, expected a file; check the path") from None
+    except NotADirectoryError:
+        raise NotADirectoryError(
+            f"directory: got the file {path.parent}, expected a folder written by "
+            "save_pretrained; pass the folder that holds it"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); save the adapter again") from error
+    ours = isinstance(saved, dict) and saved.get("format") == FORMAT
+    require(ours, str(path), "another program's file", f'"format": "{FORMAT}"', "check the path")
+    version = saved.get("format_version")
+    require(
+        version == FORMAT_VERSION, str(path), f"format {version}", f"{FORMAT_VERSION}", "upgrade"
+    )
+    _check_fields(saved, SCHEMA, f"{path}: ")
+    for part, name in (
+        ("backbone", "image_size"),
+        ("normalization", "mean"),
+        ("normalization", "std"),
+    ):
+        values = saved[part][name]
+        numbers = all(type(v) in (int, float) for v in values)
+        got, remedy = json.dumps(values), "save the adapter again"
+        require(numbers, f"{path}: {part}.{name}", got, "a list of numbers", remedy)
+    return saved
+
+
+def _check_fields(values: dict[str, Any], schema: dict[str, Any], where: str) -> None:
+    """Check that every field of a schema is there and has its type."""
+    remedy = "save the adapter again"
+    missing = sorted(schema.keys() - values.keys())
+    require(not missing, f"{where}fields", f"none named {missing}", f"{sorted(schema)}", remedy)
+    for name, kind in schema.items():
+        value = values[name]
+        if isinstance(kind, dict):
+            kinds: tuple[type, ...] = (dict,)
+        else:
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+        fits = isinstance(value, kinds) and not isinstance(value, bool)
+        words = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+        require(fits, f"{where}{name}", json.dumps(value), words, remedy)
+        if isinstance(kind, dict):
+            _check_fields(values[name], kind, f"{where}{name}.")
+
+
+def config_of(saved: dict[str, Any], path: Path) -> PromptConfig | None:
+    """Return the configuration of the token prompts; None for a linear probe."""
+    require_choice(f"{path}: method", saved["method"], tuple(METHODS))
+    cls, values = METHODS[saved["method"]], saved["config"]
+    if cls is None:
+        got, remedy = json.dumps(values), "save the adapter again"
+        require(values is None, f"{path}: config", got, "null for a linear probe", remedy)
+        return None
+    try:
+        return config_from_dict(cls, values, "config")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def choice_of(saved: dict[str, Any], name: str, path: Path) -> Any:
+    """Return the configuration of a choice; None where an adapter does not have it."""
+    found, remedy = saved.get(name), "save the adapter again"
+    if found is None:
+        return None
+    where = f"{path}: {name}"
+    fits = isinstance(found, dict) and found.keys() == {"kind", "config"}
+    require(fits, where, json.dumps(found), "an object with kind and config", remedy)
+    require_choice(f"{where}: kind", found["kind"], tuple(CHOICES[name]))
+    try:
+        return config_from_dict(CHOICES[name][found["kind"]], found["config"], "config")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def backbone_fingerprint(
+    backbone: nn.Module, tuning: HeadTuning | None = None, with_head: bool = False
+) -> str:
+    """Return the SHA-256 of the frozen weights: names, shapes, dtypes and bytes.
+
+    Weights that `tuning` trains are not part of it; the head is under an output mapping alone.
+    """
+    heads = {id(p) for h in blocks.classifier_layers(backbone) for p in h.parameters()}
+    left_out = set() if with_head else heads
+    if tuning is not None:
+        left_out |= {id(p) for p in backbone_parameters(tuning, backbone).values()}
+    return checksum({n: p for n, p in backbone.named_parameters() if id(p) not in left_out})
+
+
+def backbone_dtype(backbone: nn.Module) -> str:
+    """Return the name of the dtype of a backbone's weights, such as "float32"."""
+    return str(blocks.input_weight(backbone).dtype).removeprefix("torch.")
+
+
+def checksum(tensors: Mapping[str, Tensor], record: Mapping[str, Any] | None = None) -> str:
+    """Return the SHA-256 of tensors and of what the JSON file says beside it."""
+    digest = hashlib.sha256()
+    if record is not None:
+        rest = {name: value for name, value in record.items() if name != "sha256"}
+        digest.update(json.dumps(rest, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        values: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(values)
+    return digest.hexdigest()
+
+
+def require_finite(name: str, tensors: dict[str, Tensor], remedy: str) -> None:
+    """Raise a ValueError that names the tensors with NaN or infinity, if any."""
+    broken = [key for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
+    require(not broken, name, f"NaN or infinity in {broken}", "finite values", remedy)
