@@ -59,8 +59,9 @@ class E2VPTPrompts(nn.Module):
 
     @property
     def num_pruned(self) -> int:
-        """Number of values of the prompts that pruning has taken out."""
-        return len(self.prompts) * int((self._mask() == 0).sum())
+        """Number of values of the prompts that pruning has taken out; 0 without values."""
+        left = self._mask()
+        return 0 if left.is_meta else len(self.prompts) * int((left == 0).sum())
 
     def forward(self, batch_size: int) -> Tensor:
         """Return the tokens of all blocks, `[N, P, C]` or, per sample, `[N, B, P, C]`."""
