@@ -36,7 +36,7 @@ from tcpa import Savings
 
 from ..cli import choose_device, command
 from ..train.data.speed import cached_photos, write_photos
-from .epoch_data import SOURCES, Cached, Files, Pair, Source
+from .epoch_data import SOURCES, Cached, Files, Pair, Source, resize_of
 from .epoch_runner import checked_runners
 from .providers.base import WrongResultError
 from .providers.step import StepCase, StepProvider, providers
@@ -233,6 +233,10 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--{name}: got {getattr(options, name)}, expected at least {least}")
     if not timm.is_model(options.model):
         parser.error(f"--model: timm does not know {options.model!r}; see timm.list_models()")
+    _, *sides = timm.get_pretrained_cfg_value(options.model, "input_size") or (3, 224, 224)
+    size = sides[0]
+    if sides != [size, size]:
+        parser.error(f"--model: {options.model} takes images of {sides}, expected squares")
     device = choose_device(options.device)
     case = StepCase(model=options.model, batch=options.batch, device=str(device))
     available = providers(options.precision, device.type)
@@ -240,6 +244,8 @@ def main(argv: list[str] | None = None) -> int:
     if not options.provider:
         chosen = one_form_each(available, options.precision)
     sources = [s for s in options.source if s != "device" or device.type != "cpu"]
+    if not sources:
+        parser.error("--source: got device with --device cpu, expected disk or cache there")
     results, where = Results(options.results), provenance(device)
     print(f"{options.model}, batch {options.batch}, {where.device}, torch {where.torch}")
     found: list[Rate] = []
@@ -250,11 +256,12 @@ def main(argv: list[str] | None = None) -> int:
         paths = write_photos(photos, options.images)
         data: dict[str, Source] = {}
         for source in sources:
+            shared = {"batch": case.batch, "size": size}
             if source == "disk":
-                data[source] = Files(paths, device, batch=case.batch, workers=options.workers)
+                data[source] = Files(paths, device, workers=options.workers, **shared)
             else:
-                split, resident = cached_photos(paths, Path(folder) / "cache"), source == "device"
-                data[source] = Cached(split, device, batch=case.batch, resident=resident)
+                split = cached_photos(paths, Path(folder) / "cache", resize=resize_of(size))
+                data[source] = Cached(split, device, resident=source == "device", **shared)
         left_out = LeftOut()
         try:
             for rate in measure(case, chosen, data, rounds=options.rounds, left_out=left_out):

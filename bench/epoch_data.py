@@ -16,33 +16,43 @@ from torch.utils.data import DataLoader
 
 from ..train.data.batches import Batches
 from ..train.data.cached import CachedSplit
-from ..train.data.speed import PhotoFiles
+from ..train.data.speed import CROP, RESIZE, PhotoFiles
 from ..train.data.transform import Transform
 
 SOURCES = ("disk", "cache", "device")
 
 Pair = tuple[Tensor, Tensor]
-"""Images, float32 `[B, 3, 224, 224]`, and labels, int64 `[B]`, on the device."""
+"""Images, float32 `[B, 3, size, size]`, and labels, int64 `[B]`, on the device."""
+
+
+def resize_of(size: int) -> int:
+    """Return the shorter side of photos before images of a side are cropped out: 256 for 224."""
+    return round(size * RESIZE / CROP)
 
 
 class Files:
-    """Photos from their files, in worker processes that start with every epoch."""
+    """Photos from their files, in worker processes that stay."""
 
     def __init__(
-        self, paths: list[Path], device: torch.device, *, batch: int, workers: int
+        self, paths: list[Path], device: torch.device, *, batch: int, workers: int, size: int
     ) -> None:
-        self._paths, self._device, self._batch, self._workers = paths, device, batch, workers
+        self._device = device
+        self._loaders = {
+            train: DataLoader(
+                PhotoFiles(paths, train=train, resize=resize_of(size), crop=size),
+                batch_size=batch,
+                shuffle=train,
+                num_workers=workers,
+                pin_memory=device.type == "cuda",
+                # Their start would count for many times as much as in an epoch of CUB.
+                persistent_workers=workers > 0,
+            )
+            for train in (True, False)
+        }
 
     def epoch(self, number: int, *, train: bool) -> Iterator[Pair]:
         """Yield the photos once; in training at random crops and in random order."""
-        loader = DataLoader(
-            PhotoFiles(self._paths, train=train),
-            batch_size=self._batch,
-            shuffle=train,
-            num_workers=self._workers,
-            pin_memory=self._device.type == "cuda",
-        )
-        for images, labels in loader:
+        for images, labels in self._loaders[train]:
             device = self._device
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
@@ -51,13 +61,13 @@ class Cached:
     """Photos from a cache, in host memory or in the device's."""
 
     def __init__(
-        self, split: CachedSplit, device: torch.device, *, batch: int, resident: bool
+        self, split: CachedSplit, device: torch.device, *, batch: int, resident: bool, size: int
     ) -> None:
         self._batches = {
             train: Batches(
                 split,
                 batch_size=batch,
-                transform=Transform(train=train),
+                transform=Transform(train=train, crop=size),
                 device=device,
                 seed=0,
                 shuffle=train,

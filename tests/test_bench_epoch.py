@@ -30,9 +30,9 @@ def photos(tmp_path_factory):
 def sources(photos, folder):
     split = cached_photos(photos, folder / "cache")
     return [
-        Files(photos, CPU, batch=2, workers=0),
-        Cached(split, CPU, batch=2, resident=False),
-        Cached(split, CPU, batch=2, resident=True),
+        Files(photos, CPU, batch=2, workers=0, size=224),
+        Cached(split, CPU, batch=2, resident=False, size=224),
+        Cached(split, CPU, batch=2, resident=True, size=224),
     ]
 
 
@@ -66,7 +66,7 @@ def test_training_draws_crops_and_order_and_leaves_nothing_out(photos, tmp_path)
 
 def test_the_command_measures_every_source_and_mode(tmp_path, capsys):
     path = tmp_path / "epoch.jsonl"
-    options = ["--model", "vit_tiny_patch16_224", "--batch", "2", "--images", "2", "--rounds", "1"]
+    options = ["--model", "test_vit", "--batch", "2", "--images", "2", "--rounds", "1"]
     arguments = [*options, "--workers", "0", "--provider", "frozen ViT", "--results", str(path)]
     assert cli.main(["epoch", *arguments]) == 0
     printed = capsys.readouterr().out

@@ -293,7 +293,8 @@ def test_an_unknown_provider_or_device_is_named(capsys):
     assert cli.main(["step", "--device", "cuda:99"]) == 2
     assert "--device: got 'cuda:99', expected auto, cpu or a device" in capsys.readouterr().err
     chosen = choose(providers("float32", "cpu"), ["VPT-deep"])
-    assert [provider.name for provider in chosen] == ["official", "VPT-deep"]
+    tokens = "VPT-deep, prompts as tokens"
+    assert [provider.name for provider in chosen] == ["official", "VPT-deep", tokens]
 
 
 def test_a_model_that_cannot_be_used_is_named(capsys):

@@ -114,6 +114,7 @@ class StepProvider:
 
 _PLAIN = Savings.none()
 _TOKEN_GRADIENTS = replace(Savings(), skip_input_gradient=False)
+_TOKENS = replace(Savings(), prompt_keys_only=False)
 _FROZEN = replace(_PLAIN, frozen_backbone=True)
 _SAVINGS = {
     "frozen_backbone": "frozen",
@@ -152,6 +153,12 @@ def providers(precision: str, device: str) -> list[StepProvider]:
         *tcpa_steps(precision, device),
         StepProvider(name="VPT + TCPA", method="vpt+tcpa", precision=precision),
         StepProvider(name="VPT-deep", method="vpt-deep", precision=precision),
+        StepProvider(
+            name="VPT-deep, prompts as tokens",
+            method="vpt-deep",
+            precision=precision,
+            savings=_TOKENS,
+        ),
         StepProvider(name="VFPT", method="vfpt", precision=precision),
         StepProvider(
             name="frozen backbone, with backward",

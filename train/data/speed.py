@@ -31,6 +31,7 @@ PHOTO = (500, 375)
 """Width and height of a generated JPEG, pixels: the median photo of CUB-200-2011."""
 
 CLASSES = 200
+CROP = 224
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +75,16 @@ def write_photos(folder: Path, count: int, seed: int = 0) -> list[Path]:
 class PhotoFiles(Dataset):
     """Files one at a time, as the official code reads them; with `train` at random crops."""
 
-    def __init__(self, paths: list[Path], *, train: bool = True) -> None:
+    def __init__(
+        self, paths: list[Path], *, train: bool = True, resize: int = RESIZE, crop: int = CROP
+    ) -> None:
         self._paths = paths
-        random = [transforms.RandomCrop(224), transforms.RandomHorizontalFlip(0.5)]
+        random = [transforms.RandomCrop(crop), transforms.RandomHorizontalFlip(0.5)]
         # torchvision declares that the image stays one; the list ends in tensors.
         self._transform: Any = transforms.Compose(
             [
-                transforms.Resize(RESIZE),
-                *(random if train else [transforms.CenterCrop(224)]),
+                transforms.Resize(resize),
+                *(random if train else [transforms.CenterCrop(crop)]),
                 transforms.ToTensor(),
                 transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
             ]
@@ -95,12 +98,14 @@ class PhotoFiles(Dataset):
             return self._transform(picture.convert("RGB")), index % CLASSES
 
 
-def cached_photos(paths: list[Path], cache: Path) -> CachedSplit:
+def cached_photos(paths: list[Path], cache: Path, *, resize: int = RESIZE) -> CachedSplit:
     """Decode photos of one folder into a cache; classes go round."""
     pool = FilePool(paths[0].parent, [path.name for path in paths])
     rows = np.arange(len(paths))
     names = [str(label) for label in range(CLASSES)]
-    return CachedSplit(build_cache(pool, cache, "photos"), rows, rows % CLASSES, names, {})
+    return CachedSplit(
+        build_cache(pool, cache, "photos", resize=resize), rows, rows % CLASSES, names, {}
+    )
 
 
 def measure_input(
