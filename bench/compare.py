@@ -21,10 +21,11 @@ from .reporting.data import number
 from .results import Provenance, Row, load
 
 THRESHOLD = 0.03
-HIGHER_IS_BETTER = ("share", "speed", "accuracy")
+HIGHER_IS_BETTER = ("share", "speed", "accuracy", "MFU", "HFU")
 """How metrics begin that are no rates and better when larger."""
-NOT_COMPARED = ("error",)
-"""Metrics that a tolerance judges where they are measured."""
+NOT_COMPARED = ("error", "predicted")
+"""How metrics begin that are no measurement of speed or memory: errors, which a tolerance judges
+where they are measured, and what was expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def compare(old: Sequence[Row], new: Sequence[Row], threshold: float = THRESHOLD
     changes = []
     for key, row in latest.items():
         before = by_device.get(key) or by_key.get(row.key)
-        if before is not None and row.metric not in NOT_COMPARED:
+        if before is not None and not row.metric.startswith(NOT_COMPARED):
             changes.append(_judge(before, row, threshold))
     order = {"worse": 0, "better": 1, "same": 2}
     return sorted(changes, key=lambda c: (order[c.verdict], -abs(c.ratio - 1)))

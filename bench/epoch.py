@@ -11,7 +11,8 @@ training and 5,794 test images.
 Methods are interleaved: every method runs its part of an epoch in turn, alone and with the
 pipeline, as often as --rounds says; the pipeline alone runs once a round for all of them. Before
 that, every method's loss, gradients and logits are checked against its plain form; one that
-differs, or cannot be computed here, is left out and named.
+differs, or cannot be computed here, is left out and named. When the run is interrupted, the rounds
+before are kept.
 
 Exit status 1: a method computes something else. 2: one cannot be measured.
 """
@@ -102,17 +103,25 @@ def measure(
         alone: dict[str, list[float]] = {name: [] for name in runners}
         together: dict[str, list[float]] = {name: [] for name in runners}
         pipeline = []
-        for number in range(rounds):
-            pipeline.append(images_per_second(epoch(number), None, device))
-            for name, runner in runners.items():
-                runner.use(mode)
-                alone[name].append(images_per_second(ready, runner.run, device))
-                together[name].append(images_per_second(epoch(number), runner.run, device))
-        for p in chosen:
-            own, base = together[p.name], without_tcpa(p, chosen)
-            speed = _ratios(own, together[chosen[0].name])
-            cost = None if base is None else _ratios(together[base.name], own)
-            yield Rate(p.name, p.precision, source, mode, own, pipeline, alone[p.name], speed, cost)
+        interrupted = None
+        try:
+            for number in range(rounds):
+                pipeline.append(images_per_second(epoch(number), None, device))
+                for name, runner in runners.items():
+                    runner.use(mode)
+                    alone[name].append(images_per_second(ready, runner.run, device))
+                    together[name].append(images_per_second(epoch(number), runner.run, device))
+        except KeyboardInterrupt as error:
+            interrupted = error
+        done = min(map(len, together.values()))
+        for p in chosen if done else ():
+            own, base = together[p.name][:done], without_tcpa(p, chosen)
+            speed = _ratios(own, together[chosen[0].name][:done])
+            cost = None if base is None else _ratios(together[base.name][:done], own)
+            rates = own, pipeline[:done], alone[p.name][:done]
+            yield Rate(p.name, p.precision, source, mode, *rates, speed, cost)
+        if interrupted is not None:
+            raise interrupted
 
 
 def _ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
@@ -230,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     for name, least in (("batch", 1), ("rounds", 1), ("workers", 0), ("images", options.batch)):
         if getattr(options, name) < least:
-            parser.error(f"--{name}: got {getattr(options, name)}, expected at least {least}")
+            what = f"{least}, one --batch" if name == "images" else f"{least}"
+            parser.error(f"--{name}: got {getattr(options, name)}, expected at least {what}")
     if not timm.is_model(options.model):
         parser.error(f"--model: timm does not know {options.model!r}; see timm.list_models()")
     _, *sides = timm.get_pretrained_cfg_value(options.model, "input_size") or (3, 224, 224)

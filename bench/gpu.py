@@ -7,23 +7,26 @@ The stages are commands of their own, run one after the other:
 tests       the tests that need a GPU (bfloat16 values, determinism, memory, capture, compilation)
 golden      the outputs of the official code, through the kernels
 ops         the operations at the promised shape
-step        training and evaluation step
+step        one training step
+epoch       seconds per epoch
+evaluation  one evaluation step
 converge    200 training steps against the reference, 100 repeats of a step
 tune        launches of the kernels
 ladder      the step from the official algorithm to the fastest form, one change after the other
-epoch       seconds per epoch
 more ops    the other shapes
 
 A stage that ended well is not run again with the same results file, so that the command can be
 repeated until all is done. A stage that fails does not keep the others from running. The time that
-is left is handed on: a stage is stopped when it is over, and keeps what it has measured.
+is left is handed on: a stage is interrupted when it is over, and keeps what it has measured. The
+stage "tests" needs pytest and hypothesis; all others need torch, triton, timm and numpy alone.
 
 --rehearse runs the same stages on the CPU with the smallest shapes: it shows that nothing in them
-fails for a silly reason on the day that there is a GPU.
+fails for a silly reason on the day that there is a GPU. It keeps results of its own.
 """
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -31,6 +34,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..cli import UsageError, choose_device, command, require, require_writable
+
+DEFAULT = "gpu_results.jsonl"
+GRACE = 20.0
+"""Seconds in which an interrupted stage has to end."""
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--model", "vit_tiny_patch16_224", "--batch", "2", "--rounds", "1")
@@ -63,7 +70,9 @@ def stages(device: str, *, rehearse: bool) -> list[Stage]:
     epoch = ("--precision", "bfloat16", "--batch", "128", "--images", "5394", "--workers", "16")
     # An epoch is 43 steps: one says enough, and all methods from all sources are many.
     epoch = (*epoch, "--rounds", "1")
-    tests = ("-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests"))
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    own = [str(path) for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
+    tests = ("-m", "pytest", "-q", "-m", "gpu", *own)
     verify = ("-m", "tcpa.verify", "--impl", "triton", *on, "--dtype", "float32", *golden)
     tune: tuple[str, ...] = ()
     if rehearse:
@@ -85,11 +94,11 @@ def stages(device: str, *, rehearse: bool) -> list[Stage]:
         Stage("golden", verify, keeps_results=False),
         Stage("ops", (*bench, "ops", *on, *ops)),
         Stage("step", (*step, "--kinds") if not rehearse else step),
+        Stage("epoch", (*bench, "epoch", *on, *epoch)),
         Stage("evaluation", (*step, "--mode", "eval")),
         Stage("converge", converge),
         Stage("tune", (*bench, "tune", *tune), keeps_results=False),
         Stage("ladder", ladder),
-        Stage("epoch", (*bench, "epoch", *on, *epoch)),
         Stage("more ops", (*bench, "ops", *on, *(ops if rehearse else ()))),
     ]
 
@@ -97,8 +106,9 @@ def stages(device: str, *, rehearse: bool) -> list[Stage]:
 class Progress:
     """Which stages ended well, in a file beside the results."""
 
-    def __init__(self, results: Path) -> None:
-        self._path = results.with_suffix(".stages.json")
+    def __init__(self, results: Path, *, rehearse: bool) -> None:
+        kind = "rehearsed" if rehearse else "stages"
+        self._path = results.with_suffix(f".{kind}.json")
         self.done: list[str] = []
         if self._path.exists():
             try:
@@ -118,11 +128,16 @@ class Progress:
 def run(stage: Stage, results: Path, seconds: float) -> int | None:
     """Run a stage; return its exit status, None when its time was over."""
     extra = ("--results", str(results)) if stage.keeps_results else ()
-    try:
-        return subprocess.run(
-            [sys.executable, *stage.arguments, *extra], timeout=seconds, check=False
-        ).returncode
-    except subprocess.TimeoutExpired:
+    with subprocess.Popen([sys.executable, *stage.arguments, *extra]) as process:
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            # As Ctrl-C does: it writes what it has measured.
+            process.send_signal(signal.SIGINT)
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
         return None
 
 
@@ -131,9 +146,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the stages; exit status 0 when all of them ended well, 1 otherwise."""
     summary = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="tcpa-bench gpu", description=summary)
-    default = Path("gpu_results.jsonl")
-    text = "file to append the results to (gpu_results.jsonl)"
-    parser.add_argument("--results", type=Path, default=default, help=text)
+    text = "file to append the results to (gpu_results.jsonl; rehearsal_results.jsonl)"
+    parser.add_argument("--results", type=Path, help=text)
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--stage", nargs="+", default=[], metavar="NAME", help="only these")
@@ -149,8 +163,10 @@ def main(argv: list[str] | None = None) -> int:
     names = [stage.name for stage in planned]
     for name in options.stage:
         require(name in names, "--stage", repr(name), ", ".join(names), "name one of them")
+    if options.results is None:
+        options.results = Path("rehearsal_results.jsonl" if options.rehearse else DEFAULT)
     require_writable(options.results, "--results")
-    progress = Progress(options.results)
+    progress = Progress(options.results, rehearse=options.rehearse)
     end = time.monotonic() + 60 * options.minutes
     failed = []
     for stage in planned:

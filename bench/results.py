@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -185,6 +186,7 @@ class Results:
                 raise IsADirectoryError(errno.EISDIR, "it is a folder")
             if path.exists() and path.stat().st_size:
                 self.rows = load(path, option)
+                _mend_end(path, option)
             path.open("a", encoding="utf-8").close()
         except OSError as error:
             raise UsageError(
@@ -239,13 +241,38 @@ def load(path: Path, option: str = "FILE") -> list[Row]:
         try:
             rows.append(row_from_json(line))
         except (ValueError, TypeError) as error:
-            if number == len(lines) and not text.endswith("\n"):
+            if number == len(lines) and not text.endswith("\n") and _is_cut_row(line):
                 break
             raise UsageError(
                 f"{option}: {path}, line {number} is no row of results ({error}); expected a file "
                 "that tcpa-bench wrote with --results"
             ) from None
     return rows
+
+
+_BEGINNING = '{"command": "'
+"""Of every row."""
+
+
+def _is_cut_row(line: str) -> bool:
+    length = len(_BEGINNING)
+    return line[:length] == _BEGINNING[: len(line)]
+
+
+def _mend_end(path: Path, option: str) -> None:
+    """Take away a last line that was cut off: what comes next would be joined to it."""
+    content = path.read_bytes()
+    if content.endswith(b"\n"):
+        return
+    whole, last = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
+    try:
+        row_from_json(last.decode())
+    except (ValueError, TypeError):
+        print(f"{option}: {path}: its last line was cut off and is left out", file=sys.stderr)
+        os.truncate(path, len(whole))
+    else:
+        with path.open("ab") as file:
+            file.write(b"\n")
 
 
 def row_from_json(line: str) -> Row:

@@ -38,11 +38,14 @@ FORMS: dict[str, tuple[Method, Savings]] = {
     "official": ("tcpa", _PLAIN),
     "official-frozen": ("tcpa", dataclasses.replace(_PLAIN, frozen_backbone=True)),
     "vpt-deep": ("vpt-deep", Savings()),
+    "vpt-deep-tokens": ("vpt-deep", dataclasses.replace(Savings(), prompt_keys_only=False)),
     "vfpt": ("vfpt", Savings()),
     "linear": ("linear", Savings()),
+    "linear-backward": ("linear", dataclasses.replace(Savings(), skip_input_gradient=False)),
 }
 """Methods as this library runs them, and TCPA as the official code does: with the prompts of every
-sample in the projections, dense masks and, unless frozen, weight gradients."""
+sample in the projections, dense masks and, unless frozen, weight gradients. VPT-deep also with
+prompts that are tokens of the blocks, the frozen backbone also with the gradients of all tokens."""
 
 VALUES = {
     "tokens": (50, 197, 257, 577, 785, 1025),

@@ -167,20 +167,24 @@ def _measure_rounds(
 
 
 def choose(available: Sequence[StepProvider], texts: Sequence[str]) -> list[StepProvider]:
-    """Return the providers whose names hold one of the texts; the yardstick is always the first.
+    """Return the providers that are named, in full or else in part; the yardstick is the first.
 
     Raises:
         UsageError: a text fits none.
     """
+    wanted: set[str] = set()
     for text in texts:
-        if not any(text in provider.name for provider in available):
-            names = ", ".join(repr(provider.name) for provider in available)
+        names = [provider.name for provider in available]
+        exact = {name for name in names if name.lower() == text.lower()}
+        found = exact or {name for name in names if text.lower() in name.lower()}
+        if not found:
+            known = ", ".join(map(repr, names))
             raise UsageError(
-                f"--provider: got {text!r}, expected a part of one of {names}; correct it"
+                f"--provider: got {text!r}, expected a part of one of {known}; correct it"
             )
+        wanted |= found
     first, *rest = available
-    wanted = [p for p in rest if not texts or any(text in p.name for text in texts)]
-    return [first, *wanted]
+    return [first, *(p for p in rest if not texts or p.name in wanted)]
 
 
 @command("tcpa-bench step")
@@ -200,7 +204,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps per provider")
     parser.add_argument(
-        "--provider", nargs="+", default=[], metavar="TEXT", help="only those with this in the name"
+        "--provider",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="only these, by name or a part of it",
     )
     parser.add_argument(
         "--all", action="store_true", help="prompts on images, too, and on a CPU what is compiled"

@@ -5,6 +5,10 @@ at 790 TFLOP/s and 4.3 TB/s, which are guesses at what an H200 attains) and from
 other kernels. `must`: below it something is wrong. `target`: what the project promises. `stretch`:
 what the best published kernels suggest. `limit`: what the hardware allows.
 
+The targets against VPT-deep were set for prompts that are tokens of every block, as VPT computes
+them. With prompts as keys, which gives the same logits, VPT-deep needs as many FLOPs as TCPA, and
+the cost model predicts 1.00: that row is not expected to reach its target.
+
 Shapes: ViT-B/16 at 224, 36 prompt rows shared by the batch, batch 128, bfloat16.
 """
 

@@ -148,6 +148,27 @@ def test_no_figure_of_a_wrong_result(tmp_path, capsys, monkeypatch):
     assert "s/epoch" not in printed.out and path.read_text() == ""
 
 
+def test_an_interruption_keeps_the_rounds_before(tmp_path, capsys, monkeypatch):
+    measured, left = epoch.images_per_second, [10]
+
+    def images_per_second(*arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return measured(*arguments)
+
+    monkeypatch.setattr(epoch, "images_per_second", images_per_second)
+    path = tmp_path / "epoch.jsonl"
+    options = ["--model", "test_vit", "--batch", "2", "--images", "2", "--rounds", "9"]
+    options += ["--source", "cache", "--provider", "frozen ViT", "--results", str(path)]
+    assert epoch.main(options) == 130
+    # A round: the pipeline, then two methods alone and with it.
+    assert {row.samples for row in load(path)} == {1}
+    assert {row.provider for row in load(path)} == {"official", "frozen ViT"}
+    printed = capsys.readouterr()
+    assert "s/epoch" in printed.out and "interrupted" in printed.err
+
+
 def test_a_recorded_step_sees_every_batch(monkeypatch):
     seen, replayed = [], []
 
@@ -171,7 +192,8 @@ def test_a_recorded_step_sees_every_batch(monkeypatch):
     ("arguments", "message"),
     [
         (["--batch", "0"], "--batch: got 0, expected at least 1"),
-        (["--images", "3"], "--images: got 3, expected at least 8"),
+        (["--images", "3"], "--images: got 3, expected at least 8, one --batch"),
+        (["--source", "device"], "--source: got device with --device cpu, expected disk or cache"),
         (["--workers", "-1"], "--workers: got -1, expected at least 0"),
         (["--model", "vit_tiny"], "--model: timm does not know 'vit_tiny'"),
         (["--source", "tape"], "invalid choice: 'tape'"),

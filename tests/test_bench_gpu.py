@@ -28,7 +28,8 @@ def test_the_rehearsal_runs_every_stage(tmp_path, capfd, monkeypatch):
     status = cli.main(arguments)
     printed = capfd.readouterr()
     assert status == 0, printed.err[-2000:]
-    done = json.loads(results.with_suffix(".stages.json").read_text())["done"]
+    assert not results.with_suffix(".stages.json").exists(), "the real run has still all to do"
+    done = json.loads(results.with_suffix(".rehearsed.json").read_text())["done"]
     assert done == [stage.name for stage in stages("cpu", rehearse=True)]
     assert {row.command for row in load(results)} >= {"ops", "step", "epoch", "ceilings"}
     size = results.stat().st_size
@@ -38,9 +39,10 @@ def test_the_rehearsal_runs_every_stage(tmp_path, capfd, monkeypatch):
 def test_the_real_run_has_the_stages_of_the_rehearsal_on_the_promised_shapes():
     real, rehearsed = stages("cuda", rehearse=False), stages("cpu", rehearse=True)
     assert [s.name for s in real] == [s.name for s in rehearsed]
-    assert [s.name for s in real][:4] == ["tests", "golden", "ops", "step"]
+    assert [s.name for s in real][:5] == ["tests", "golden", "ops", "step", "epoch"]
     by_name = {stage.name: stage.arguments for stage in real}
     assert "b16-224-p36-b128" in by_name["ops"] and "cuda" in by_name["ops"]
+    assert any("test_gated_attention_kernels.py" in word for word in by_name["tests"])
     assert "--collect-only" not in by_name["tests"] and "128" in by_name["step"]
     assert sum(argument.endswith(".npz") for argument in by_name["golden"]) == 9
 
@@ -93,11 +95,27 @@ def test_bad_options_are_refused_by_name(arguments, message, capsys):
 
 
 def test_damaged_progress_is_named(tmp_path, capsys):
-    (tmp_path / "r.stages.json").write_text("{")
+    (tmp_path / "r.rehearsed.json").write_text("{")
     assert cli.main(["gpu", "--rehearse", "--results", str(tmp_path / "r.jsonl")]) == 2
-    assert "r.stages.json is damaged" in capsys.readouterr().err
+    assert "r.rehearsed.json is damaged" in capsys.readouterr().err
 
 
 def test_a_stage_is_stopped_when_its_time_is_over(tmp_path):
     sleeping = Stage("sleep", ("-c", "import time; time.sleep(60)"), keeps_results=False)
     assert gpu.run(sleeping, tmp_path / "r.jsonl", 0.5) is None
+
+
+def test_a_stopped_stage_writes_what_it_has(tmp_path, monkeypatch):
+    kept, ready = tmp_path / "kept", tmp_path / "ready"
+    code = (
+        "import pathlib, time\n"
+        "try:\n"
+        f"    pathlib.Path({str(ready)!r}).touch(); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n"
+        f"    pathlib.Path({str(kept)!r}).touch()\n"
+    )
+    assert gpu.run(Stage("s", ("-c", code), keeps_results=False), tmp_path, 5.0) is None
+    assert ready.exists() and kept.exists()
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    assert gpu.run(Stage("s", ("-c", deaf), keeps_results=False), tmp_path, 2.0) is None

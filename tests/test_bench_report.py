@@ -254,6 +254,22 @@ def test_a_value_that_is_no_number_is_worse():
     assert change.verdict == "worse"
 
 
+@pytest.mark.parametrize(
+    ("metric", "verdict"),
+    [
+        ("MFU", "better"),
+        ("HFU", "better"),
+        ("peak memory", "worse"),
+        ("time of attention", "worse"),
+    ],
+)
+def test_more_is_better_of_utilisation_and_worse_of_time(metric, verdict):
+    old, new = (row("step", "tcpa", value, metric=metric, unit="%") for value in (40.0, 60.0))
+    assert [change.verdict for change in compare([old], [new])] == [verdict]
+    guess = [row("step", "tcpa", value, metric="predicted speed") for value in (1.0, 2.0)]
+    assert compare(guess[:1], guess[1:]) == []
+
+
 def test_other_devices_and_versions_are_said():
     newer = dataclasses.replace(MADE, device="Other GPU", torch="2.16.0", date="2027-01-01")
     changes = compare([row("step", "tcpa", 1.0)], [row("step", "tcpa", 1.0, made=newer)])

@@ -71,6 +71,26 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     assert load(path) == [row()]
 
 
+@pytest.mark.parametrize("length", [1, 50, 10**6])
+def test_rows_after_a_line_that_was_cut_off_are_not_joined_to_it(length, tmp_path, capsys):
+    path, last = tmp_path / "results.jsonl", row("official").to_json()
+    path.write_text(row().to_json() + "\n" + last[:length])
+    Results(path).add([row("third")])
+    kept = [row(), row("official")] if length > len(last) else [row()]
+    assert load(path) == [*kept, row("third")]
+    told = capsys.readouterr().err
+    assert ("its last line was cut off" in told) == (len(kept) == 1)
+
+
+@pytest.mark.parametrize("text", ["notes of mine", '{"answer": 42}'])
+def test_a_file_of_one_line_that_is_not_ours_is_left_alone(text, tmp_path):
+    path = tmp_path / "notes"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="line 1 is no row of results"):
+        Results(path)
+    assert path.read_text() == text
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -97,7 +97,7 @@ def test_prompts_on_images_are_left_out_unless_asked_for(monkeypatch):
     usual, everything, named = chosen
     assert not usual & {"VP", "DAM-VP + TCPA"} and "VPT-deep" in usual
     assert {"VP", "DAM-VP + TCPA", "official, frozen, compiled"} <= everything
-    assert named == {"official", "DAM-VP", "DAM-VP + TCPA"}
+    assert named == {"official", "DAM-VP"}
 
 
 def test_what_prompts_on_images_cost():
@@ -293,8 +293,10 @@ def test_an_unknown_provider_or_device_is_named(capsys):
     assert cli.main(["step", "--device", "cuda:99"]) == 2
     assert "--device: got 'cuda:99', expected auto, cpu or a device" in capsys.readouterr().err
     chosen = choose(providers("float32", "cpu"), ["VPT-deep"])
+    assert [provider.name for provider in chosen] == ["official", "VPT-deep"]
+    chosen = choose(providers("float32", "cpu"), ["frozen vit", "as tokens"])
     tokens = "VPT-deep, prompts as tokens"
-    assert [provider.name for provider in chosen] == ["official", "VPT-deep", tokens]
+    assert [provider.name for provider in chosen] == ["official", tokens, "frozen ViT"]
 
 
 def test_a_model_that_cannot_be_used_is_named(capsys):

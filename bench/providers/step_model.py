@@ -91,15 +91,17 @@ def fold_norms(backbone: Any) -> None:
 def make_batch(case: StepCase, model: PromptedViT) -> tuple[Tensor, Tensor]:
     """Return random images `[B, 3, height, width]` and labels `[B]`, the same for all providers.
 
-    Image i is noise around a colour of its own among `CLUSTERS`, far enough from the others for a
-    precision not to decide into which cluster it falls.
+    Noise; for DAM-VP around one of `CLUSTERS` colours, far enough from each other for a precision
+    not to decide into which cluster an image falls.
     """
     generator = torch.Generator().manual_seed(1)
     size = model.backbone.pretrained_cfg["input_size"]
     images = torch.randn(case.batch, *size, generator=generator)
-    kind = torch.arange(case.batch) % CLUSTERS
-    signs = torch.stack([1.0 - 2.0 * ((kind >> channel) & 1) for channel in range(size[0])], dim=1)
-    images += (signs * (1.0 + (kind >> 3))[:, None])[:, :, None, None]
+    if isinstance(model.input_config, DAMVPConfig):
+        kind = torch.arange(case.batch) % CLUSTERS
+        signs = [1.0 - 2.0 * ((kind >> channel) & 1) for channel in range(size[0])]
+        colours = torch.stack(signs, dim=1) * (1.0 + (kind >> 3))[:, None]
+        images += colours[:, :, None, None]
     labels = torch.randint(0, NUM_CLASSES, (case.batch,), generator=generator)
     return images.to(case.device), labels.to(case.device)
 

@@ -57,7 +57,9 @@ def _bars(rows: Sequence[Row]) -> Iterator[Drawing]:
     for dtype, group in charts:
         shown = [row for row in group if row.shape == main_shape(group)]
         providers, modes = distinct(shown, "provider"), distinct(shown, "mode")
-        size = (1.8 + 2.7 * len(modes), 0.9 + 0.3 * len(providers))
+        # Inches of a letter, of a panel, of a bar.
+        names = 0.075 * max(map(len, providers))
+        size = (0.8 + names + 2.7 * len(modes), 0.9 + 0.3 * len(providers))
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
         colours = colours_of(providers)
