@@ -26,6 +26,7 @@ fails for a silly reason on the day that there is a GPU. It keeps results of its
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -125,10 +126,18 @@ class Progress:
         self._path.write_text(json.dumps({"done": self.done}) + "\n", encoding="utf-8")
 
 
+def _hear_interruptions() -> None:
+    """A shell's job in the background ignores interruptions, and so would what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(stage: Stage, results: Path, seconds: float) -> int | None:
     """Run a stage; return its exit status, None when its time was over."""
     extra = ("--results", str(results)) if stage.keeps_results else ()
-    with subprocess.Popen([sys.executable, *stage.arguments, *extra]) as process:
+    words = [sys.executable, *stage.arguments, *extra]
+    with subprocess.Popen(
+        words, preexec_fn=None if os.name == "nt" else _hear_interruptions
+    ) as process:
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -1,6 +1,7 @@
 """Promise: on a day with a GPU one command measures everything, and was rehearsed before."""
 
 import json
+import signal
 
 import pytest
 from tcpa.bench import __main__ as cli
@@ -114,7 +115,12 @@ def test_a_stopped_stage_writes_what_it_has(tmp_path, monkeypatch):
         "except KeyboardInterrupt:\n"
         f"    pathlib.Path({str(kept)!r}).touch()\n"
     )
-    assert gpu.run(Stage("s", ("-c", code), keeps_results=False), tmp_path, 5.0) is None
+    # As in a shell's background.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert gpu.run(Stage("s", ("-c", code), keeps_results=False), tmp_path, 5.0) is None
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ready.exists() and kept.exists()
     monkeypatch.setattr(gpu, "GRACE", 0.5)
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
