@@ -37,6 +37,7 @@ from tcpa import Savings
 
 from ..cli import choose_device, command
 from ..train.data.speed import cached_photos, write_photos
+from .costs.estimate import TEST_IMAGES, TRAIN_IMAGES
 from .epoch_data import SOURCES, Cached, Files, Pair, Source, resize_of
 from .epoch_runner import checked_runners
 from .providers.base import WrongResultError
@@ -45,9 +46,6 @@ from .results import Provenance, Results, Row, make_rows, provenance
 from .step import choose
 from .step_check import LeftOut
 from .timing import Quantiles
-
-TRAIN_IMAGES, TEST_IMAGES = 5394, 5794
-"""CUB-200-2011 as the official code splits it: 90 % of the training part, and the test part."""
 
 
 @dataclass(frozen=True, slots=True)

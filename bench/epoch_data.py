@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..train.data.batches import Batches
+from ..train.data.cache import RESIZE
 from ..train.data.cached import CachedSplit
-from ..train.data.speed import CROP, RESIZE, PhotoFiles
+from ..train.data.speed import CROP, PhotoFiles
 from ..train.data.transform import Transform
 
 SOURCES = ("disk", "cache", "device")

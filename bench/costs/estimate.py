@@ -14,7 +14,7 @@ from .model import step
 from .workload import CHANNELS, Operation, Workload, total
 
 TRAIN_IMAGES, TEST_IMAGES = 5394, 5794
-"""Images of CUB-200-2011 in the split of the official code."""
+"""CUB-200-2011 as the official code splits it: 90 % of the training part, and the test part."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,6 +32,7 @@ PHOTO = (500, 375)
 
 CLASSES = 200
 CROP = 224
+"""Side of the images that a model gets, pixels."""
 
 
 @dataclass(frozen=True, slots=True)
