@@ -71,7 +71,7 @@ def stages(device: str, *, rehearse: bool) -> list[Stage]:
     epoch = ("--precision", "bfloat16", "--batch", "128", "--images", "5394", "--workers", "16")
     # An epoch is 43 steps: one says enough, and all methods from all sources are many.
     epoch = (*epoch, "--rounds", "1")
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     own = [str(path) for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
     tests = ("-m", "pytest", "-q", "-m", "gpu", *own)
     verify = ("-m", "tcpa.verify", "--impl", "triton", *on, "--dtype", "float32", *golden)

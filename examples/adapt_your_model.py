@@ -14,13 +14,13 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from tcpa.train.data.batches import Batches
-from tcpa.train.data.cached import open_cached
-from tcpa.train.data.transform import Transform
 
 import tcpa
 from tcpa import inspect
 from tcpa.cli import UsageError
+from tcpa.train.data.batches import Batches
+from tcpa.train.data.cached import open_cached
+from tcpa.train.data.transform import Transform
 
 parser = argparse.ArgumentParser(description="Adapt a timm ViT to a folder of images.")
 parser.add_argument("--images", type=Path, required=True, help="folder with a folder per class")

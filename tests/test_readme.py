@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from dataset_trees import write_tree
+
 from tcpa.train.__main__ import main
 
 ROOT = Path(__file__).parent.parent

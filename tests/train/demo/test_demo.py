@@ -1,0 +1,336 @@
+"""The demo: honest data splits, one loop for all methods, every promised file, clear refusals."""
+
+import itertools
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tcpa
+from tcpa.cli import UsageError
+from tcpa.train.__main__ import main
+from tcpa.train.demo import probe, run, tune
+from tcpa.train.demo.backbone import load_backbone
+from tcpa.train.demo.config import DemoConfig
+from tcpa.train.demo.data import FOLDS, load_digits, make_split
+from tcpa.train.demo.engine import Epoch, learning_rate_factor, predict, train_method
+from tcpa.train.demo.report import Row, verdict
+from tcpa.train.demo.tasks import (
+    PROMPTS,
+    TUNED,
+    Task,
+    chosen_methods,
+    probe_strength,
+    run_task,
+    run_tasks,
+    split_on,
+)
+from tcpa.train.demo.tune import best_pair
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A quick demo: its output folder, its rows and the metrics it wrote."""
+    folder = tmp_path_factory.mktemp("demo") / "output"
+    threads = torch.get_num_threads()
+    rows = run.run_demo(DemoConfig(output=folder, quick=True, device="cpu"))
+    assert torch.get_num_threads() == threads, "the demo left the number of threads changed"
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return folder, rows, [json.loads(line) for line in lines]
+
+
+def test_digits_are_the_enlarged_originals() -> None:
+    from sklearn.datasets import load_digits as originals
+
+    images, labels = load_digits()
+    assert images.shape == (1797, 1, 32, 32)
+    assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert images.max() == 1
+    assert images.min() >= -1
+    # Enlarging fourfold puts no pixel centre on an old one, but keeps the mean of smooth parts.
+    small = 1 - torch.from_numpy(originals().images).float() / 8
+    pooled = torch.nn.functional.avg_pool2d(images, 4)[:, 0]
+    assert torch.corrcoef(torch.stack([pooled.flatten(), small.flatten()]))[0, 1] > 0.97
+
+
+def rows_of(images: torch.Tensor) -> set[bytes]:
+    return {image.numpy().tobytes() for image in images}
+
+
+def test_test_images_are_all_but_the_first_hundred_of_each_digit() -> None:
+    images, labels = load_digits()
+    train, train_labels, test, test_labels = make_split("test")
+    assert train_labels.bincount().tolist() == [100] * 10
+    assert len(test) == len(test_labels) == 797
+    threes = images[labels == 3]
+    assert train[train_labels == 3].equal(threes[:100])
+    assert test[test_labels == 3].equal(threes[100:])
+
+
+def test_folds_are_blocks_of_the_training_images_and_never_see_a_test_image() -> None:
+    train, train_labels, test, _ = make_split("test")
+    measured = []
+    for number, fold in enumerate(FOLDS):
+        first, first_labels, held, held_labels = make_split(fold)
+        assert first_labels.bincount().tolist() == [75] * 10
+        assert held_labels.bincount().tolist() == [25] * 10
+        assert rows_of(first) | rows_of(held) == rows_of(train)
+        assert not rows_of(first) & rows_of(held)
+        block = train[train_labels == 7][25 * number : 25 * (number + 1)]
+        assert held[held_labels == 7].equal(block)
+        measured.append(held)
+    assert rows_of(torch.cat(measured)) == rows_of(train)
+    assert not rows_of(train) & rows_of(test)
+
+
+def test_learning_rate_rises_then_falls_to_zero() -> None:
+    factors = [learning_rate_factor(step, 100) for step in range(100)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[10] == 1
+    assert all(a > b for a, b in itertools.pairwise(factors[10:]))
+    assert factors[55] == pytest.approx(0.5)
+    assert factors[99] < 0.001
+
+
+def test_methods_are_compared_fairly() -> None:
+    linear, vpt, ours = chosen_methods()
+    assert linear.prompts is None
+    assert isinstance(vpt.prompts, tcpa.VPTConfig)
+    assert vpt.prompts.deep
+    assert isinstance(ours.prompts, tcpa.TCPAConfig)
+    assert vpt.prompts.num_prompts == ours.prompts.num_prompts == run.PROMPT_ROWS
+    assert ours.prompts.prompt_dropout == 0
+
+
+def test_the_settings_are_the_best_of_the_recorded_grid() -> None:
+    record = json.loads(TUNED.read_text(encoding="utf-8"))
+    measured = record["accuracy_on_folds"]
+    assert record["chosen"].keys() == measured.keys() == PROMPTS.keys()
+    for name, rows in measured.items():
+        by_pair = {(rate, decay): accuracy for rate, decay, accuracy in rows}
+        grid = itertools.product(record["learning_rates"], record["weight_decays"])
+        assert sorted(by_pair) == sorted(grid)
+        chosen = record["chosen"][name]
+        assert (chosen["learning_rate"], chosen["weight_decay"]) == best_pair(by_pair)
+    assert record["epochs"] == DemoConfig().epochs
+    for method in chosen_methods():
+        chosen = record["chosen"][method.name]
+        assert (method.learning_rate, method.weight_decay) == tuple(chosen.values())
+
+
+def test_the_penalty_of_the_converged_probe_is_the_best_on_the_folds(monkeypatch) -> None:
+    asked = []
+
+    def measure(part, strength):
+        asked.append((part, strength))
+        return {0.1: 90.0, 10.0: 92.0}.get(strength, 50.0)
+
+    monkeypatch.setattr(probe, "converged_probe", measure)
+    assert probe.best_strength() == 10.0
+    assert asked == [(fold, strength) for strength in probe.STRENGTHS for fold in FOLDS]
+    assert probe_strength() in probe.STRENGTHS
+
+
+def test_converged_probe_reads_digits() -> None:
+    assert probe.converged_probe("quick", 1.0) > 60
+
+
+def test_a_tie_goes_to_the_smaller_rate_then_decay() -> None:
+    assert best_pair({(0.1, 0.0): 88.0, (0.03, 0.5): 88.0, (0.01, 0.5): 87.0}) == (0.03, 0.5)
+    assert best_pair({(0.1, 0.5): 88.0, (0.1, 0.1): 88.0}) == (0.1, 0.1)
+    assert best_pair({(0.1, 0.5): 88.5, (0.03, 0.5): 88.0}) == (0.1, 0.5)
+
+
+def test_tuning_writes_a_record_of_the_whole_grid(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(tune, "best_strength", lambda: 7.0)
+    file = tmp_path / "new" / "tuned.json"
+    grid = ["--learning-rates", "0.0001", "0.1", "--weight-decays", "0.1"]
+    assert main(["tune-demo", *grid, "--epochs", "1", "--output", str(file)]) == 0
+    record = json.loads(file.read_text(encoding="utf-8"))
+    for rows in record["accuracy_on_folds"].values():
+        assert [row[:2] for row in rows] == [[0.0001, 0.1], [0.1, 0.1]]
+    assert record["probe_strength"] == 7.0
+    assert record["chosen"] == {
+        name: {"learning_rate": 0.1, "weight_decay": 0.1} for name in PROMPTS
+    }
+    assert "linear probe, rate 0.1, decay 0.1 (" in capsys.readouterr().out
+
+
+def test_training_repeats_by_seed() -> None:
+    split = split_on(torch.device("cpu"), "quick")
+    method = chosen_methods()[-1]
+    seeds = (0, 0, 1)
+    models = [
+        train_method(method, split, seed=seed, epochs=1, on_epoch=lambda _: None) for seed in seeds
+    ]
+    images = split.test_images[:4]
+    first, again, other = (model.eval()(images) for model in models)
+    assert first.equal(again)
+    assert not first.equal(other)
+
+
+def test_runs_side_by_side_equal_runs_one_after_the_other(tmp_path) -> None:
+    cpu, threads = torch.device("cpu"), torch.get_num_threads()
+    tasks = [
+        Task(
+            method=chosen_methods()[0],
+            seed=seed,
+            epochs=1,
+            device=cpu,
+            save_to=tmp_path / str(seed),
+        )
+        for seed in (0, 1)
+    ]
+    together: list[Epoch] = []
+    outcomes = run_tasks(tasks, together.append)
+    torch.set_num_threads(1)
+    alone: list[Epoch] = []
+    assert [run_task(task, alone.append) for task in tasks] == outcomes
+    torch.set_num_threads(threads)
+    together.sort(key=lambda record: record.seed)
+    for a, b in zip(together, alone, strict=True):
+        assert (a.seed, a.epoch, a.test_accuracy) == (b.seed, b.epoch, b.test_accuracy)
+        assert a.loss == pytest.approx(b.loss, rel=1e-3)
+
+
+def test_a_failed_run_is_reported() -> None:
+    cpu = torch.device("cpu")
+    bad = Task(method=replace(chosen_methods()[0], prompts="none"), seed=0, epochs=1, device=cpu)
+    with pytest.raises(TypeError, match="config: got str, expected TCPAConfig"):
+        run_tasks([bad, bad], lambda _: None)
+
+
+def test_backbone_stays_as_shipped() -> None:
+    split = split_on(torch.device("cpu"), "quick")
+    shipped = dict(load_backbone().named_parameters())
+    model = train_method(chosen_methods()[-1], split, seed=0, epochs=1, on_epoch=lambda _: None)
+    for name, value in model.backbone.named_parameters():
+        if not name.startswith("head."):
+            assert torch.equal(value, shipped[name]), name
+
+
+def test_rows_tell_accuracy_size_and_implementation(finished) -> None:
+    _, rows, _ = finished
+    assert [row.method for row in rows] == ["linear probe", "VPT-deep", "TCPA"]
+    head, prompts = 128 * 10 + 10, 4 * run.PROMPT_ROWS * 128
+    assert [row.trainable for row in rows] == [head, head + prompts, head + 2 * prompts]
+    for row in rows:
+        assert len(row.accuracies) == 1
+        assert row.spread is None
+        assert row.seconds_per_epoch > 0
+        assert row.implementation in ("sdpa", "dense")
+        assert "cpu" in row.reason.lower()
+
+
+def test_metrics_hold_config_epochs_and_summary(finished) -> None:
+    _, rows, lines = finished
+    kinds = [line["kind"] for line in lines]
+    assert kinds == ["config"] + ["epoch"] * 6 + ["summary"] * 3 + ["converged probe"]
+    assert lines[0]["program"] == "tcpa demo"
+    assert lines[0]["epochs"] == 2
+    assert lines[0]["seeds"] == [0]
+    epochs = lines[1:7]
+    assert [line["epoch"] for line in epochs] == [1, 2] * 3
+    assert all(line["loss"] > 0 for line in epochs)
+    last = [line["test_accuracy"] for line in epochs if line["epoch"] == 2]
+    assert last == [row.mean for row in rows] == [line["mean"] for line in lines[7:10]]
+
+
+def test_saved_adapter_gives_the_reported_accuracy(finished) -> None:
+    folder, rows, _ = finished
+    model = tcpa.from_pretrained(folder / "tcpa_adapter", backbone=load_backbone())
+    split = split_on(torch.device("cpu"), "quick")
+    right = predict(model, split.test_images) == split.test_labels
+    assert 100 * float(right.double().mean()) == pytest.approx(rows[-1].mean)
+
+
+def test_pictures_are_written(finished) -> None:
+    folder, _, _ = finished
+    for name in ("curves.png", "selection.png"):
+        assert (folder / name).read_bytes().startswith(PNG), name
+        assert (folder / name).stat().st_size > 10_000, name
+
+
+def test_an_earlier_demo_is_replaced(finished) -> None:
+    folder, _, lines = finished
+    metrics = run.prepare_output(folder, {"seeds": [7]})
+    assert json.loads(metrics.read_text(encoding="utf-8"))["seeds"] == [7]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def test_verdict_says_when_tcpa_does_not_win() -> None:
+    def row(method: str, *accuracies: float) -> Row:
+        rest = {"trainable": 1, "seconds_per_epoch": 1.0, "implementation": "", "reason": ""}
+        return Row(method=method, accuracies=accuracies, **rest)
+
+    rows = [row("linear probe", 80, 82), row("VPT-deep", 91, 92), row("TCPA", 90, 92)]
+    assert verdict(rows) == [
+        "TCPA beats linear probe here: +10.0 points (by seed: +10.0, +10.0)",
+        "TCPA does NOT beat VPT-deep here: -0.5 points (by seed: -1.0, +0.0)",
+    ]
+    assert rows[0].mean == 81
+    assert rows[0].spread == pytest.approx(2**0.5)
+
+
+def test_command_prints_one_table(tmp_path, capsys) -> None:
+    assert main(["demo", "--quick", "--seeds", "5", "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("linear probe", "VPT-deep", "TCPA", "trained values", "Implementation:"):
+        assert expected in printed
+    assert "seed 5" in printed
+    assert "\x1b" not in printed, "control codes outside a terminal"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--epochs", "0"], ("--epochs", "0", "1 or more")),
+        (["--seeds", "1", "1"], ("--seeds", "1, 1", "different")),
+        (["--seeds", "-3"], ("--seeds", "-3")),
+        (["--device", "gpu"], ("--device", "'gpu'", "auto, cpu")),
+        (["--device", "cuda:99"], ("--device", "cuda:99")),
+        (["--learning-rates", "0.1", "0.1"], ("--learning-rates", "different numbers")),
+        (["--learning-rates", "-1"], ("--learning-rates", "-1")),
+        (["--learning-rates", "0.1", "nan"], ("--learning-rates", "0.1, nan", "between 0 and 10")),
+        (["--weight-decays", "-0.1"], ("--weight-decays", "from 0 to less than 10")),
+        (["--learning-rates"], ("--learning-rates: got no value", "leave --learning-rates out")),
+        (["--seeds"], ("--seeds: got no value", "leave --seeds out")),
+        (["--seeds", str(2**64)], ("--seeds", "2**63 - 1")),
+    ],
+)
+def test_bad_arguments_are_named(arguments, parts, tmp_path, capsys) -> None:
+    output = tmp_path / "out"
+    tuned = arguments[0] in ("--learning-rates", "--weight-decays")
+    command = "tune-demo" if tuned else "demo"
+    assert main([command, *arguments, "--output", str(output)]) == 2
+    message = capsys.readouterr().err
+    assert all(part in message for part in parts), message
+    assert not output.exists()
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
+    assert main(["demo", "--quick", "--output", str(tmp_path)]) == 2
+    assert "--output" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_an_unwritable_output_is_named(name, tmp_path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(
+        UsageError, match=r"--output: got .*, expected a folder that can be written"
+    ):
+        run.prepare_output(tmp_path / name, {})
+
+
+def test_a_missing_package_names_the_extra(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert main(["demo", "--quick", "--output", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert "sklearn" in message
+    assert "pip install 'tcpa[train,plot]'" in message
