@@ -25,10 +25,10 @@ from torch import Tensor
 from tcpa.dispatch import IMPLS
 
 from ..cli import UsageError, choose_device, command, require
+from .harness.model import build_model, loss_of
+from .harness.timing import Quantiles
 from .providers.step import StepCase, StepProvider
-from .providers.step_model import build_model, loss_of
 from .results import Results, make_rows, provenance
-from .timing import Quantiles
 
 CLASSES = 16
 IMAGES = 256

@@ -40,12 +40,12 @@ from ..train.data.speed import cached_photos, write_photos
 from .costs.estimate import TEST_IMAGES, TRAIN_IMAGES
 from .epoch_data import SOURCES, Cached, Files, Pair, Source, resize_of
 from .epoch_runner import checked_runners
-from .providers.base import WrongResultError
+from .harness.check import LeftOut
+from .harness.provider import WrongResultError
+from .harness.timing import Quantiles
 from .providers.step import StepCase, StepProvider, providers
 from .results import Provenance, Results, Row, make_rows, provenance
 from .step import choose
-from .step_check import LeftOut
-from .timing import Quantiles
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..cli import UsageError
-from .providers.base import WrongResultError
+from .harness.check import Answer, LeftOut, Truths, answer_of
+from .harness.model import build_model, capture, loss_of, make_batch, run_model
+from .harness.provider import WrongResultError
 from .providers.step import StepCase, StepProvider
-from .providers.step_model import build_model, capture, loss_of, make_batch, run_model
-from .step_check import Answer, LeftOut, Truths, answer_of
 
 
 class Runner:

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from . import timing
 from .costs import operations as cost
+from .harness import timing
+from .harness.case import Shape
+from .harness.provider import Provider
+from .harness.timing import Quantiles
 from .providers.attention import PROVIDERS
 from .providers.attention_case import AttentionCase
-from .providers.base import Provider
 from .providers.matching import MATCH_PROVIDERS, NORM_PROVIDERS, MatchCase
 from .results import Row
-from .shapes import Shape
-from .timing import Quantiles
 
 MODES = ("forward", "backward", "both")
 TIME, SPEED = ("time", "us"), ("speed", "x official")

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch._functorch import config as functorch_config
 
-from . import ceilings, timing
+from .costs import ceilings
+from .harness import timing
+from .harness.case import Shape
+from .harness.provider import DTYPES, Prepared, Provider, WrongResultError
+from .harness.timing import Quantiles
 from .ops_cases import Case, Operation, metrics_of, table
-from .providers.base import DTYPES, Prepared, Provider, WrongResultError
 from .results import Results, Row, make_rows, provenance
-from .shapes import Shape
-from .timing import Quantiles
 
 
 class Race:

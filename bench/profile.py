@@ -25,9 +25,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
 from ..cli import UsageError, choose_device, command
-from .kinds import add_up
+from .harness.breakdown import add_up
+from .harness.model import build_model, build_step
 from .providers.step import StepCase, StepProvider, providers
-from .providers.step_model import build_model, build_step
 
 TRACE = "trace"
 WARM_UP = 2

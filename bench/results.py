@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..cli import UsageError
-from .timing import Quantiles
+from .harness.timing import Quantiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,10 +27,10 @@ from ..cli import UsageError, command, require, require_writable, write_results
 from .costs.estimate import change, estimate, operation_rows
 from .costs.workload import Method, Workload
 from .hardware import DATASHEETS, Ceilings, assumed, measured
+from .harness.case import BACKBONES
 from .providers.step import INPUT_PROMPTS
 from .results import load
 from .roofline_text import format_estimate, format_methods, format_operations, format_variation
-from .shapes import BACKBONES
 
 _PLAIN = Savings.none()
 FORMS: dict[str, tuple[Method, Savings]] = {

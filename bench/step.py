@@ -31,15 +31,15 @@ import torch
 from tcpa import HTA_DATASETS
 
 from ..cli import UsageError, choose_device, command
-from . import ceilings
+from .costs import ceilings
 from .hardware import Ceilings
-from .providers.base import WrongResultError
+from .harness.check import Answer, LeftOut, Truths
+from .harness.provider import WrongResultError
+from .harness.worker import Worker
 from .providers.step import INPUT, StepCase, StepProvider, ladder, providers
 from .results import Provenance, Results, provenance
-from .step_check import Answer, LeftOut, Truths
 from .step_costs import predicted_speed, step_cost
 from .step_results import StepResult, rows_of, table
-from .step_worker import Worker
 
 
 class StoppedError(Exception):

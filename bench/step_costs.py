@@ -19,9 +19,9 @@ from .costs.estimate import seconds
 from .costs.model import step
 from .costs.workload import MLP_RATIO, Method, Workload, total
 from .hardware import Ceilings
+from .harness.case import Backbone
+from .harness.model import NUM_CLASSES
 from .providers.step import StepCase, StepProvider
-from .providers.step_model import NUM_CLASSES
-from .shapes import Backbone
 
 DTYPES = {"float32": "fp32", "float64": "fp64", "autocast": "bf16", "bfloat16": "bf16"}
 """Precision of a provider -> dtype of its products."""

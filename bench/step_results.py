@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .harness.timing import Quantiles
 from .providers.step import StepCase, StepProvider
 from .results import Provenance, Row, make_rows
 from .step_costs import StepCost
-from .timing import Quantiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

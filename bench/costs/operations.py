@@ -6,7 +6,7 @@ once. Times that follow from them are lower bounds.
 
 from dataclasses import dataclass
 
-from ..shapes import Shape
+from ..harness.case import Shape
 
 ITEM = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 """Bytes of an element."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from tcpa import AutoVPConfig, DAMVPConfig, InputConfig, Savings, VPConfig
 
-from ..shapes import BACKBONES, Backbone
+from ..harness.case import BACKBONES, Backbone
 from .operations import ITEM, Cost
 
 Method = Literal["tcpa", "vpt-deep", "vfpt", "linear"]

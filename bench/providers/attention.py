@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ... import gated_attention, sdpa
+from ..harness.provider import DTYPES, Outputs, Prepared, Provider, compiled, eager, no_kernels
 from .attention_case import AttentionCase, heads, prepared, rows
-from .base import DTYPES, Outputs, Prepared, Provider, compiled, eager, no_kernels
 from .compositions import (
     CPU_FLASH,
     CUDA_FLASH,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...reference import gated_attention_reference, random_gate, unpack_gate
-from ..shapes import Shape
-from .base import DTYPES, Outputs, Prepared, Provider, Tensors, compare
+from ..harness.case import Shape
+from ..harness.provider import DTYPES, Outputs, Prepared, Provider, Tensors, compare
 
 
 class AttentionCase:

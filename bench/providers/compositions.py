@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
+from ..harness.provider import Outputs, Prepared, compiled
 from .attention_case import AttentionCase, heads, prepared, rows
-from .base import Outputs, Prepared, compiled
 
 
 def _flex_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,8 @@ from ...reference import (
     pack_gate,
     split_gate,
 )
-from ..shapes import Shape
-from .base import (
+from ..harness.case import Shape
+from ..harness.provider import (
     DTYPES,
     Outputs,
     Prepared,

@@ -15,8 +15,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from ...cli import UsageError
 from ..costs.operations import OPERATIONS
 from ..hardware import Ceilings, in_base_unit, measured
+from ..harness.case import PROMISED, Shape, parse_shape
 from ..results import Row
-from ..shapes import PROMISED, Shape, parse_shape
 from .data import KIND, distinct, grouped, is_floor, number
 from .style import COLOURS, FLOOR, INK, STYLE, Drawing, colours_of, finish
 

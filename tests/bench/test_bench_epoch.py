@@ -12,10 +12,10 @@ from tcpa.bench import epoch, epoch_runner
 from tcpa.bench.epoch import Rate, one_form_each, rows_of, table, without_tcpa
 from tcpa.bench.epoch_data import Cached, Files
 from tcpa.bench.epoch_runner import checked_runners
-from tcpa.bench.providers.base import WrongResultError
+from tcpa.bench.harness.check import LeftOut
+from tcpa.bench.harness.provider import WrongResultError
 from tcpa.bench.providers.step import StepCase, StepProvider, providers
 from tcpa.bench.results import load, provenance
-from tcpa.bench.step_check import LeftOut
 from tcpa.cli import UsageError
 from tcpa.train.data.speed import cached_photos, write_photos
 

@@ -10,11 +10,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tcpa import pack_gate, unpack_gate
+from tcpa.bench.harness.case import Shape
+from tcpa.bench.harness.provider import Prepared, WrongResultError, compare
 from tcpa.bench.providers import attention_case, compositions
 from tcpa.bench.providers import matching as match_providers
 from tcpa.bench.providers.attention import PROVIDERS
 from tcpa.bench.providers.attention_case import AttentionCase
-from tcpa.bench.providers.base import Prepared, WrongResultError, compare
 from tcpa.bench.providers.compositions import (
     CPU_FLASH,
     CUDA_FLASH,
@@ -23,7 +24,6 @@ from tcpa.bench.providers.compositions import (
     merged_statistics,
 )
 from tcpa.bench.providers.matching import NORM_PROVIDERS, MatchCase
-from tcpa.bench.shapes import Shape
 from tcpa.kernels import launch
 
 CPU = torch.device("cpu")

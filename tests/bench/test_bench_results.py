@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 
-from tcpa.bench import results, shapes, timing
+from tcpa.bench import results
 from tcpa.bench.costs import operations as cost
+from tcpa.bench.harness import case as shapes
+from tcpa.bench.harness import timing
+from tcpa.bench.harness.case import PROMISED, Shape, parse_shape, small_shapes, standard_shapes
+from tcpa.bench.harness.timing import Quantiles, interleave, peak_memory, ratio
 from tcpa.bench.results import Provenance, Results, Row, load, provenance
-from tcpa.bench.shapes import PROMISED, Shape, parse_shape, small_shapes, standard_shapes
-from tcpa.bench.timing import Quantiles, interleave, peak_memory, ratio
 from tcpa.cli import UsageError
 
 CPU = torch.device("cpu")

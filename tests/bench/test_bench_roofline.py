@@ -16,9 +16,9 @@ from tcpa.bench.costs.model import step
 from tcpa.bench.costs.operations import gated_attention
 from tcpa.bench.costs.workload import Workload, total
 from tcpa.bench.hardware import DATASHEETS, Ceilings
+from tcpa.bench.harness.case import PROMISED, Backbone
 from tcpa.bench.results import Provenance
 from tcpa.bench.roofline import FORMS, VALUES
-from tcpa.bench.shapes import PROMISED, Backbone
 
 CLASSES, BATCH, SIZE = 5, 2, 64
 ViT = Architecture("vit_tiny_patch16_224", SIZE, {"img_size": SIZE, "depth": 3})

@@ -13,9 +13,21 @@ from models import ARCHITECTURES
 
 from tcpa import Savings
 from tcpa.bench import __main__ as cli
-from tcpa.bench import step, step_check, step_worker
-from tcpa.bench.kinds import GAPS, KINDS, REST, add_up, kind_of, time_by_kind
-from tcpa.bench.providers.base import WrongResultError
+from tcpa.bench import step
+from tcpa.bench.harness import check as step_check
+from tcpa.bench.harness import worker as step_worker
+from tcpa.bench.harness.breakdown import GAPS, KINDS, REST, add_up, kind_of, time_by_kind
+from tcpa.bench.harness.case import BACKBONES
+from tcpa.bench.harness.check import (
+    Answer,
+    LeftOut,
+    Truths,
+    largest_error,
+    plain_answer,
+)
+from tcpa.bench.harness.model import build_model, fold_norms
+from tcpa.bench.harness.provider import WrongResultError
+from tcpa.bench.harness.worker import Worker
 from tcpa.bench.providers.step import (
     StepCase,
     StepProvider,
@@ -23,20 +35,10 @@ from tcpa.bench.providers.step import (
     providers,
     tcpa_steps,
 )
-from tcpa.bench.providers.step_model import build_model, fold_norms
 from tcpa.bench.results import load, provenance
-from tcpa.bench.shapes import BACKBONES
 from tcpa.bench.step import StoppedError, _measure_rounds, choose, measure, with_costs
-from tcpa.bench.step_check import (
-    Answer,
-    LeftOut,
-    Truths,
-    largest_error,
-    plain_answer,
-)
 from tcpa.bench.step_costs import backbone_sizes, step_cost
 from tcpa.bench.step_results import StepResult, rows_of, table
-from tcpa.bench.step_worker import Worker
 from tcpa.cli import UsageError
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .timing import Quantiles, interleave
+from ..harness.timing import Quantiles, interleave
 
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}
 """Of the buffer that is copied; more than any cache holds."""

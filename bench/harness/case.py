@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..cli import UsageError
+from ...cli import UsageError
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tcpa import DAMVPConfig, PromptConfig, PromptedViT, TCPAConfig, VPTConfig, blocks, wrap
 
-from .step import CLUSTERS, INPUT, INPUT_PROMPTS, StepCase, StepProvider
+from ..providers.step import CLUSTERS, INPUT, INPUT_PROMPTS, StepCase, StepProvider
 
 MATCH_WEIGHT = 0.01
 NUM_CLASSES = 200

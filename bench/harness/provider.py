@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import kernels
-from ..shapes import Shape
+from .case import Shape
 
 DTYPES = {
     "bf16": torch.bfloat16,

@@ -11,9 +11,9 @@ import torch
 
 from tcpa import Savings
 
-from .providers.base import WrongResultError
-from .providers.step import StepCase, StepProvider
-from .providers.step_model import build_model, loss_of, make_batch, run_model
+from ..providers.step import StepCase, StepProvider
+from .model import build_model, loss_of, make_batch, run_model
+from .provider import WrongResultError
 
 FLOOR = {"float64": 1e-9, "float32": 1e-3, "autocast": 1e-3, "bfloat16": 1e-3}
 """Relative error that a precision may always have."""

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from ..cli import UsageError
-from .kinds import time_by_kind
-from .providers.step import StepCase, StepProvider
-from .providers.step_model import build_model, build_step
-from .step_check import Answer, answer_of, plain_answer
+from ...cli import UsageError
+from ..providers.step import StepCase, StepProvider
+from .breakdown import time_by_kind
+from .check import Answer, answer_of, plain_answer
+from .model import build_model, build_step
 
 
 class Worker:
