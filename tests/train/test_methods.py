@@ -23,7 +23,7 @@ from tcpa.train.engine.precision import NUMERICS
 from tcpa.train.engine.pruning import mask_importance
 from tcpa.train.engine.settings import resolve, run_folder
 from tcpa.train.engine.stages import Stages
-from tcpa.train.engine.steps import Trainer
+from tcpa.train.engine.trainer import Trainer
 from tcpa.train.recipes import METHODS
 from tcpa.train.run import run
 

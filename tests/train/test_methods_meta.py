@@ -19,10 +19,10 @@ from tcpa.train.engine.meta_prompt import (
     save_meta_prompt,
 )
 from tcpa.train.engine.model import build_model
-from tcpa.train.engine.robust import keep_critical
 from tcpa.train.engine.settings import resolve, run_folder
 from tcpa.train.engine.stages import Stages
-from tcpa.train.engine.steps import Trainer
+from tcpa.train.engine.step import keep_critical
+from tcpa.train.engine.trainer import Trainer
 from tcpa.train.run import run
 
 CPU = World(torch.device("cpu"))

@@ -17,14 +17,15 @@ from train_runs import CLASSES, SIZE, MemoryBatch, make_config, make_splits
 
 import tcpa
 from tcpa.cli import UsageError
-from tcpa.train.engine import steps
+from tcpa.train.engine import step as step_module
 from tcpa.train.engine.distributed import World
 from tcpa.train.engine.model import build_model
-from tcpa.train.engine.objective import Mixer, losses
+from tcpa.train.engine.objective import Mixer
 from tcpa.train.engine.precision import NUMERICS, choose_numerics, require_graph
 from tcpa.train.engine.randomness import derive, numpy_seeded, seed_model
 from tcpa.train.engine.settings import resolve
-from tcpa.train.engine.steps import Trainer
+from tcpa.train.engine.step import losses
+from tcpa.train.engine.trainer import Trainer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lr_schedule.npz"
 CPU = World(torch.device("cpu"))
@@ -329,8 +330,9 @@ class StandInGraph:
         StandInGraph.captured += 1
 
     def replay(self):
-        graph = self._trainer._graph
-        graph._found.copy_(self._trainer.update(*graph._inputs, 1.0))
+        step = self._trainer.optimizer_step
+        inputs, kept = step._graph._inputs, step._graph._found
+        kept.losses.copy_(step.update(*inputs).losses)
 
 
 def test_replayed_steps_equal_eager_ones(tmp_path, monkeypatch):
@@ -338,7 +340,7 @@ def test_replayed_steps_equal_eager_ones(tmp_path, monkeypatch):
     eager, _ = make_trainer(tmp_path)
     expected = run_steps(eager)
     trainer, _ = make_trainer(tmp_path)
-    trainer._graph = steps._StepGraph(trainer)
+    trainer.optimizer_step._graph = step_module._StepGraph(trainer.optimizer_step)
     graphs = []
 
     def new_graph():
@@ -355,7 +357,7 @@ def test_replayed_steps_equal_eager_ones(tmp_path, monkeypatch):
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(steps, "_wait_for", lambda stream: None)
+    monkeypatch.setattr(step_module, "_wait_for", lambda stream: None)
     assert run_steps(trainer) == expected
     assert StandInGraph.captured == 2, "once for each way to select"
     for name, value in eager.tensors().items():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tcpa
 
-from ..engine.robust import keep_critical
+from ..engine.step import keep_critical
 from .backbone import NORMALIZATION, autocast, load_backbone
 from .data import NUM_CLASSES
 

@@ -22,7 +22,7 @@ from .journal import METRICS, Journal
 from .model import BuiltModel
 from .progress import Display
 from .stages import Stages
-from .steps import Trainer
+from .trainer import Trainer
 
 UNLOOKED = "unlooked"
 """Name of the tensor of losses that nobody has looked at."""

@@ -1,11 +1,7 @@
-"""What is minimised: soft-target cross-entropy on mixed images, plus the match distance."""
+"""Mixed images and soft targets."""
 
-import torch
 from timm.data.mixup import Mixup, mixup_target
-from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor
-
-import tcpa
 
 from ..recipes import Recipe
 from .randomness import numpy_seeded
@@ -51,27 +47,3 @@ class Mixer:
 def mixes(settings: Recipe) -> bool:
     """Tell whether images are mixed; global batches must then be even."""
     return settings.mix_prob > 0 and (settings.mixup_alpha > 0 or settings.cutmix_alpha > 0)
-
-
-def match_weight(prompts: tcpa.PromptConfig | None) -> float:
-    """Return the weight of the match distance in the loss."""
-    return prompts.match_weight if isinstance(prompts, tcpa.TCPAConfig) else 0.0
-
-
-_soft_cross_entropy = SoftTargetCrossEntropy()
-
-
-def losses(logits: Tensor, distance: Tensor, targets: Tensor, weight: float) -> Tensor:
-    """Return loss, cross-entropy and match distance of a batch, float32 `[3]`.
-
-    loss = mean over images of cross-entropy(logits, soft targets) + weight * distance.
-
-    Args:
-        logits: `[n, classes]`, any precision; the loss is computed in float32.
-        distance: scalar.
-        targets: float32 `[n, classes]`, rows sum to 1.
-        weight: of the distance.
-    """
-    cross_entropy = _soft_cross_entropy(logits.float(), targets)
-    distance = distance.float()
-    return torch.stack((cross_entropy + weight * distance, cross_entropy, distance))

@@ -20,7 +20,7 @@ from .inputs import Source
 from .meta_prompt import load_meta_prompt
 from .pruning import mask_importance
 from .randomness import STAGE, derive
-from .steps import Trainer
+from .trainer import Trainer
 
 
 class Stages:

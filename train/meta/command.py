@@ -11,7 +11,7 @@ from ..engine.meta_prompt import MetaTraining, Task, meta_train, save_meta_promp
 from ..engine.model import build_model
 from ..engine.settings import resolve
 from ..engine.stages import Stages
-from ..engine.steps import Trainer
+from ..engine.trainer import Trainer
 from .config import MetaPromptConfig
 
 TIMES = 20
