@@ -10,21 +10,21 @@ import textwrap
 from typing import Any
 
 from ..cli import UsageError, command
-from .ablate.config import AblateConfig
 from .config import RecipesConfig, ReportConfig, RunConfig, SweepConfig
 from .data.commands import PrepareConfig, VerifyConfig
 from .demo.config import DemoConfig, PretrainConfig, TuneConfig
 from .engine.interruption import Interrupted
 from .inspect.config import InspectConfig
+from .jobs.ablate.config import AblateConfig
+from .jobs.search_options import SearchConfig
 from .meta.config import MetaPromptConfig
 from .methods.config import MethodsConfig
-from .search.config import SearchConfig
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
     "run": (RunConfig, ".run", "run"),
-    "sweep": (SweepConfig, ".sweep", "sweep"),
-    "search": (SearchConfig, ".search.command", "search"),
-    "ablate": (AblateConfig, ".ablate.command", "ablate"),
+    "sweep": (SweepConfig, ".jobs.sweep", "sweep"),
+    "search": (SearchConfig, ".jobs.search", "search"),
+    "ablate": (AblateConfig, ".jobs.ablate.command", "ablate"),
     "report": (ReportConfig, ".report.command", "report"),
     "meta-prompt": (MetaPromptConfig, ".meta.command", "train_meta_prompt"),
     "methods": (MethodsConfig, ".methods.command", "print_methods"),

@@ -13,17 +13,17 @@ from train_runs import make_config, make_splits
 import tcpa
 from tcpa.cli import UsageError
 from tcpa.train.__main__ import main, parse
-from tcpa.train.ablate import digits
-from tcpa.train.ablate.command import ablate
-from tcpa.train.ablate.config import STUDIES, AblateConfig
-from tcpa.train.ablate.figures import draw_study
-from tcpa.train.ablate.measured import Measured, summarise
-from tcpa.train.ablate.studies import label, make_studies
-from tcpa.train.ablate.tables import cells, conclusions, csv_text, markdown, notes
 from tcpa.train.demo.data import make_split
 from tcpa.train.demo.tasks import PROMPTS, chosen_methods, run_tasks
 from tcpa.train.engine.interruption import Interrupted
 from tcpa.train.engine.loop import Loop
+from tcpa.train.jobs.ablate import digits
+from tcpa.train.jobs.ablate.command import ablate
+from tcpa.train.jobs.ablate.config import STUDIES, AblateConfig
+from tcpa.train.jobs.ablate.figures import draw_study
+from tcpa.train.jobs.ablate.measured import Measured, summarise
+from tcpa.train.jobs.ablate.studies import label, make_studies
+from tcpa.train.jobs.ablate.tables import cells, conclusions, csv_text, markdown, notes
 from tcpa.train.registry import METHODS
 
 PNG = b"\x89PNG\r\n\x1a\n"

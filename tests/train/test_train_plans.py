@@ -6,11 +6,11 @@ import tcpa
 from tcpa.cli import UsageError
 from tcpa.train.config import SweepConfig
 from tcpa.train.data.vtab_tasks import GROUPS, SEEDS, TASKS
-from tcpa.train.plans import plan
+from tcpa.train.jobs.sweep import jobs_of
+from tcpa.train.jobs.sweep_names import plan
 from tcpa.train.registry import METHODS
 from tcpa.train.report.paper import ROWS, table
 from tcpa.train.report.paper_vtab import table2
-from tcpa.train.sweep import jobs_of
 
 
 def test_table1_is_every_row_on_every_dataset() -> None:

@@ -16,14 +16,14 @@ from train_runs import make_config, make_splits
 
 import tcpa
 from tcpa.cli import UsageError
-from tcpa.train import sweep as sweeping
 from tcpa.train.config import RunConfig, SweepConfig
 from tcpa.train.engine.folder import CONFIG, RESULT
 from tcpa.train.engine.interruption import Interrupted
 from tcpa.train.engine.settings import resolve
 from tcpa.train.files import read_json
+from tcpa.train.jobs import sweep as sweeping
+from tcpa.train.jobs.sweep import Conflict, arguments, jobs_of, sweep
 from tcpa.train.run import run
-from tcpa.train.sweep import Conflict, arguments, jobs_of, sweep
 
 OPTIONS = {"device": "cpu", "backbone": "test_vit", "weights": "none", "epochs": 1}
 

@@ -13,10 +13,10 @@ import tcpa
 
 from ...cli import require
 from ..data.splits import NAMES
+from ..jobs.search_grid import published
 from ..recipes import Recipe, recipe
 from ..registry import METHODS
 from ..report.paper import ROWS
-from ..search.grids import published
 from .config import MethodsConfig
 from .costs import MethodCost, method_cost
 

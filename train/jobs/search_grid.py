@@ -8,7 +8,7 @@ from ...cli import UsageError
 from ..data.vtab_tasks import VTAB
 from ..recipes import SCRIPTS, Recipe, decompose
 from ..registry import METHODS
-from .config import SearchConfig
+from .search_options import SearchConfig
 
 ONLY_VTAB = 0.05
 """Lowest rate of VPT's SGD grid, which it adds for VTAB-1k."""

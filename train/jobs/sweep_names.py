@@ -5,13 +5,13 @@ from collections.abc import Iterable, Sequence
 
 import tcpa
 
-from ..cli import require
-from .data.splits import NAMES, OFFICIAL_SEED
-from .data.vtab_tasks import ALL_TASKS, GROUPS, SEEDS, TASKS
-from .recipes import PUBLISHED_METHOD
-from .registry import METHODS
-from .report.paper import ROWS, table
-from .report.paper_vtab import table2
+from ...cli import require
+from ..data.splits import NAMES, OFFICIAL_SEED
+from ..data.vtab_tasks import ALL_TASKS, GROUPS, SEEDS, TASKS
+from ..recipes import PUBLISHED_METHOD
+from ..registry import METHODS
+from ..report.paper import ROWS, table
+from ..report.paper_vtab import table2
 
 SETS: dict[str, Sequence[str]] = {
     "hta": tcpa.HTA_DATASETS,

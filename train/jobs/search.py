@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ...cli import UsageError
+from ..choices import Choice, choice_path, conditions_of, write_choice
 from ..engine.folder import LOG
 from ..engine.interruption import Interrupted, raised
 from ..engine.settings import describe, resolve
 from ..files import read_json, write_json
-from ..sweep import Job, carry_out, devices_of, look_at
-from .choice import Choice, choice_path, conditions_of, write_choice
-from .config import SearchConfig
-from .grids import Grid, grid_of
+from .search_grid import Grid, grid_of
+from .search_options import SearchConfig
+from .sweep import Job, carry_out, devices_of, look_at
 
 DIVERGED = "diverged.json"
 """Beside the choice: trials whose loss was not finite, which no further attempt would change."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import tcpa
 
-from ...cli import UsageError, require
+from ....cli import UsageError, require
 from .config import DEMO, AblateConfig
 
 Prompts = tcpa.TCPAConfig | tcpa.VPTConfig

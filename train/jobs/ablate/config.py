@@ -6,9 +6,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from ...cli import require
-from ..config import Positional, Protocol, RunConfig, TrainOptions
-from ..option_checks import MAX_SEED
+from ....cli import require
+from ...config import Positional, Protocol, RunConfig, TrainOptions
+from ...option_checks import MAX_SEED
 
 DEMO = "demo"
 

@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..cli import UsageError, choose_device
-from .config import RunConfig, SweepConfig, TrainOptions
-from .engine.folder import CONFIG, LOG, brief, differences, last_words, saved_description
-from .engine.interruption import Interrupted, raised
-from .engine.settings import describe, resolve, run_folder
-from .plans import plan
-from .recipes import Recipe, decompose, require_row
-from .report.command import print_runs
-from .report.runs import finished_result, read_runs
-from .search.config import SearchConfig
+from ...cli import UsageError, choose_device
+from ..config import RunConfig, SweepConfig, TrainOptions
+from ..engine.folder import CONFIG, LOG, brief, differences, last_words, saved_description
+from ..engine.interruption import Interrupted, raised
+from ..engine.settings import describe, resolve, run_folder
+from ..recipes import Recipe, decompose, require_row
+from ..report.command import print_runs
+from ..report.runs import finished_result, read_runs
+from .search_options import SearchConfig
+from .sweep_names import plan
 
 PROGRAM = (sys.executable, "-m", "tcpa.train", "run")
 """Command of one run."""

@@ -14,15 +14,15 @@ import torch
 
 import tcpa
 
-from ...cli import UsageError, choose_device
-from ..demo.config import EPOCHS
-from ..demo.data import FOLDS
-from ..demo.engine import Epoch, Method
-from ..demo.report import Reporter
-from ..demo.tasks import PROMPTS, Outcome, Task, chosen_methods, run_tasks
-from ..engine.folder import brief, differences
-from ..engine.interruption import Interrupted, raised
-from ..files import read_json, write_json
+from ....cli import UsageError, choose_device
+from ...demo.config import EPOCHS
+from ...demo.data import FOLDS
+from ...demo.engine import Epoch, Method
+from ...demo.report import Reporter
+from ...demo.tasks import PROMPTS, Outcome, Task, chosen_methods, run_tasks
+from ...engine.folder import brief, differences
+from ...engine.interruption import Interrupted, raised
+from ...files import read_json, write_json
 from .config import DEMO, AblateConfig
 from .measured import Measured
 from .studies import VPT, Setting, label

@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import tcpa
 
-from ...cli import UsageError
-from ..config import RunConfig
-from ..engine.inputs import Splits
-from ..engine.settings import resolve
-from ..registry import METHODS, Method
-from ..run import run
+from ....cli import UsageError
+from ...config import RunConfig
+from ...engine.inputs import Splits
+from ...engine.settings import resolve
+from ...registry import METHODS, Method
+from ...run import run
 from .config import POOL_OPTIONS, AblateConfig
 from .measured import Measured
 from .studies import Setting, label, shown_name

@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ...cli import UsageError, choose_device, require
-from ..demo.compare import provenance
-from ..engine.inputs import Splits
-from ..files import cannot_write, write_whole
+from ....cli import UsageError, choose_device, require
+from ...demo.compare import provenance
+from ...engine.inputs import Splits
+from ...files import cannot_write, write_whole
 from . import datasets, digits
 from .config import DEMO, AblateConfig
 from .figures import draw_study, save

@@ -1,0 +1,1 @@
+"""What the command line starts: one run, many runs, and what is made of their results."""

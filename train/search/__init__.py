@@ -1,1 +1,0 @@
-"""Searches: learning rate and weight decay, chosen on validation images alone."""
