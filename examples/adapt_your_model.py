@@ -20,7 +20,7 @@ from tcpa import inspect
 from tcpa.cli import UsageError
 from tcpa.train.data.batches import Batches
 from tcpa.train.data.cached import open_cached
-from tcpa.train.data.transform import Transform
+from tcpa.train.data.crops import Transform
 
 parser = argparse.ArgumentParser(description="Adapt a timm ViT to a folder of images.")
 parser.add_argument("--images", type=Path, required=True, help="folder with a folder per class")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...cli import UsageError
 from .cached import CachedSplit
+from .crops import Transform
 from .delivery import Plan, choose_delivery
-from .transform import Transform
 
 
 @dataclass(frozen=True, slots=True)

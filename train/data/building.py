@@ -30,9 +30,8 @@ from .cache import (
     open_cache,
     resized_size,
 )
-from .decoding import Chunk
+from .decoding import JOURNAL, Chunk, Progress, decode_rest, decoded, reserve, take_over
 from .pools import Pool, fingerprint
-from .unfinished import JOURNAL, Progress, decode_rest, decoded, reserve, take_over
 
 CHUNK = 256
 """Images that one task decodes: about 50 MB, what a kill can cost each process."""

@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .files import require_folder, unusable
-from .listing import Listing, index_labels
-from .pools import FilePool
+from .annotations import require_folder, unusable
+from .pools import FilePool, Listing, index_labels
 from .stratify import held_out
 
 SPLITS = ("train", "val", "test")

@@ -10,10 +10,9 @@ from filelock import FileLock
 
 from ...cli import UsageError
 from ..files import disk_errors
-from . import download
-from .dataset import Dataset, Source
+from .archives import Progress, Unreachable, fetch, is_archive, md5_of, unpack
+from .registry import Dataset, Source
 from .splits import DATASETS, FOLDER, NAMES, require_dataset
-from .unpack import is_archive, unpack
 from .vtab_tasks import ROOT, VTAB
 
 Report = Callable[[str], None]
@@ -37,7 +36,7 @@ def prepare(
     mirror: str | None = None,
     offline: bool = False,
     report: Report = print,
-    progress: download.Progress | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Fetch and unpack what is missing of a dataset.
 
@@ -73,7 +72,7 @@ def _prepare_sources(
     mirror: str | None,
     offline: bool,
     report: Report,
-    progress: download.Progress | None,
+    progress: Progress | None,
 ) -> None:
     missing: list[tuple[Source, str]] = []
     for source in (source for source in dataset.sources if not source.optional):
@@ -111,7 +110,7 @@ def _fetch(
     mirror: str | None,
     offline: bool,
     report: Report,
-    progress: download.Progress | None,
+    progress: Progress | None,
 ) -> str:
     """Fetch one file; return why that failed, or nothing."""
     if offline:
@@ -122,14 +121,14 @@ def _fetch(
         return f"a person has to accept its terms first: {source.terms}"
     report(f"{source.file}: fetching {_amount(source)}")
     try:
-        report(f"{source.file}: came from {download.fetch(urls, path, source.md5, progress)}")
-    except download.Unreachable as error:
+        report(f"{source.file}: came from {fetch(urls, path, source.md5, progress)}")
+    except Unreachable as error:
         return str(error)
     return ""
 
 
 def _require_checksum(path: Path, source: Source) -> None:
-    if source.md5 and (found := download.md5_of(path)) != source.md5:
+    if source.md5 and (found := md5_of(path)) != source.md5:
         raise UsageError(
             f"{path}: got MD5 {found}, expected {source.md5}; it is cut off or another file: "
             "remove it and fetch it again"
@@ -181,7 +180,7 @@ def _prepare_splits(
     mirror: str | None,
     offline: bool,
     report: Report,
-    progress: download.Progress | None,
+    progress: Progress | None,
 ) -> None:
     """Fetch VPT's split files, all of them or none; without them a split of our own serves."""
     sources = [source for source in dataset.sources if source.optional]

@@ -24,8 +24,8 @@ from .batches import Batches
 from .building import build_cache
 from .cache import RESIZE
 from .cached import CachedSplit
+from .crops import IMAGENET_MEAN, IMAGENET_STD, Transform
 from .pools import FilePool
-from .transform import IMAGENET_MEAN, IMAGENET_STD, Transform
 
 PHOTO = (500, 375)
 """Width and height of a generated JPEG, pixels: the median photo of CUB-200-2011."""

@@ -11,16 +11,13 @@ from typing import Any, Literal
 import numpy as np
 
 from ...cli import UsageError, require
-from .dataset import Dataset, Rule
-from .listing import Listing
 from .own_folder import read_own
-from .pools import FilePool, Pool
+from .pools import FilePool, Listing, Pool
 from .readers import READERS
-from .registry import HTA
+from .registry import HTA, Dataset, Rule
 from .stratify import held_out
 from .vpt import IMAGES, find_splits, read_splits
-from .vtab import read_vtab
-from .vtab_source import Stated, source_kind
+from .vtab import Stated, read_vtab, source_kind
 from .vtab_tasks import LISTS, TASKS, VTAB
 
 FOLDER = "folder"

@@ -14,9 +14,8 @@ from ...cli import UsageError
 from .building import cache_key
 from .cache import DamagedCache, open_cache
 from .cached import cache_label, cached_pool, default_cache
-from .dataset import Dataset
-from .listing import Listing
-from .pools import FilePool, Pool
+from .pools import FilePool, Listing, Pool
+from .registry import Dataset
 from .splits import DATASETS, FOLDER, NAMES, SplitName, open_split, read_listing, require_dataset
 from .vtab_tasks import VTAB
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import read_json, unusable
-from .listing import Listing, index_labels
-from .pools import FilePool, inside
+from .annotations import read_json, unusable
+from .pools import FilePool, Listing, index_labels, inside
 
 SPLITS = ("train", "val", "test")
 IMAGES = {"cub": "images/", "nabirds": "images/", "stanford_dogs": "Images/", "flower102": ""}

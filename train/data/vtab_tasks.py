@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..config import VTAB_PREFIX
-from .dataset import GB, Dataset, Source
+from .registry import GB, Dataset, Source
 
 GroupName = Literal["natural", "specialized", "structured"]
 

@@ -9,8 +9,8 @@ from ...cli import UsageError
 from ..config import RunConfig
 from ..data.batches import Batches
 from ..data.cached import CachedSplit, open_cached
+from ..data.crops import Transform
 from ..data.splits import SplitName, training_split
-from ..data.transform import Transform
 from ..recipes import Recipe
 from .distributed import World
 from .inputs import Splits

@@ -15,11 +15,16 @@ from tcpa.train.data import delivery
 from tcpa.train.data.batches import Batches, local_rows
 from tcpa.train.data.cache import resized_size
 from tcpa.train.data.cached import open_cached
-from tcpa.train.data.delivery import Resident
-from tcpa.train.data.gather import Crops, gather_crops, gather_enlarged_crops
-from tcpa.train.data.memory import Memory
+from tcpa.train.data.crops import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Crops,
+    Transform,
+    gather_crops,
+    gather_enlarged_crops,
+)
+from tcpa.train.data.delivery import Memory, Resident
 from tcpa.train.data.splits import open_split
-from tcpa.train.data.transform import IMAGENET_MEAN, IMAGENET_STD, Transform
 
 RESIZE, CROP = 40, 32
 TRAIN = Transform(train=True, crop=CROP)

@@ -20,15 +20,14 @@ from dataset_trees import write_tree, write_vpt_splits
 
 from tcpa import HTA_DATASETS
 from tcpa.cli import UsageError
-from tcpa.train.data import download
+from tcpa.train.data import archives as download
+from tcpa.train.data.archives import Unreachable, fetch, is_archive, md5_of, unpack
 from tcpa.train.data.cache import PIXELS, note_verified
 from tcpa.train.data.cached import open_cached
 from tcpa.train.data.commands import PrepareConfig, VerifyConfig, run_prepare, run_verify
-from tcpa.train.data.download import Unreachable, fetch, md5_of
 from tcpa.train.data.prepare import prepare
 from tcpa.train.data.registry import HTA
 from tcpa.train.data.splits import open_split
-from tcpa.train.data.unpack import is_archive, unpack
 from tcpa.train.data.verify import verify
 
 CONTENT = bytes(range(256)) * 5000

@@ -13,7 +13,7 @@ from scipy.io import savemat
 
 from tcpa import HTA_DATASETS
 from tcpa.cli import UsageError
-from tcpa.train.data.files import read_pickled
+from tcpa.train.data.annotations import read_pickled
 from tcpa.train.data.registry import HTA
 from tcpa.train.data.splits import open_split, read_listing
 

@@ -15,10 +15,9 @@ from vtab_trees import ONE_PER_GROUP, write_task
 
 from tcpa.cli import UsageError
 from tcpa.train.__main__ import main
-from tcpa.train.data.cached import open_cached
+from tcpa.train.data.cached import open_cached, squash
 from tcpa.train.data.prepare import prepare
 from tcpa.train.data.splits import open_split, training_split
-from tcpa.train.data.squash import squash
 from tcpa.train.data.verify import verify
 from tcpa.train.data.vtab_tasks import LISTS, TASKS, VTAB
 

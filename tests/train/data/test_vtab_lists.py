@@ -9,8 +9,7 @@ from PIL import Image
 from vtab_trees import ONE_PER_GROUP, write_task
 
 from tcpa.cli import UsageError
-from tcpa.train.data.vtab import read_vtab
-from tcpa.train.data.vtab_source import source_kind
+from tcpa.train.data.vtab import read_vtab, source_kind
 from tcpa.train.data.vtab_tasks import GROUPS, SEEDS, TASKS, VTAB
 
 PUBLISHED = """
