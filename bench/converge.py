@@ -26,9 +26,9 @@ from tcpa.dispatch import IMPLS
 
 from ..cli import UsageError, choose_device, command, require
 from .harness.model import build_model, loss_of
+from .harness.results import Results, make_rows, provenance
 from .harness.timing import Quantiles
 from .providers.step import StepCase, StepProvider
-from .results import Results, make_rows, provenance
 
 CLASSES = 16
 IMAGES = 256

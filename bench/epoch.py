@@ -42,9 +42,9 @@ from .epoch_data import SOURCES, Cached, Files, Pair, Source, resize_of
 from .epoch_runner import checked_runners
 from .harness.check import LeftOut
 from .harness.provider import WrongResultError
+from .harness.results import Provenance, Results, Row, make_rows, provenance
 from .harness.timing import Quantiles
 from .providers.step import StepCase, StepProvider, providers
-from .results import Provenance, Results, Row, make_rows, provenance
 from .step import choose
 
 

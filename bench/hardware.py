@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..cli import UsageError
-from .results import Row
+from .harness.results import Row
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,9 @@ from pathlib import Path
 
 from ..cli import UsageError, choose_device, command, require
 from .harness.case import Shape, parse_shape, small_shapes, standard_shapes
+from .harness.results import Results, provenance
 from .ops_cases import MODES, OPERATIONS, Operation
 from .ops_race import Race
-from .results import Results, provenance
 
 
 def choose_providers(texts: Sequence[str], operations: Sequence[Operation]) -> frozenset[str]:

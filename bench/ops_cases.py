@@ -12,11 +12,11 @@ from .costs import operations as cost
 from .harness import timing
 from .harness.case import Shape
 from .harness.provider import Provider
+from .harness.results import Row
 from .harness.timing import Quantiles
 from .providers.attention import PROVIDERS
 from .providers.attention_case import AttentionCase
 from .providers.matching import MATCH_PROVIDERS, NORM_PROVIDERS, MatchCase
-from .results import Row
 
 MODES = ("forward", "backward", "both")
 TIME, SPEED = ("time", "us"), ("speed", "x official")

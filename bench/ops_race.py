@@ -11,9 +11,9 @@ from .costs import ceilings
 from .harness import timing
 from .harness.case import Shape
 from .harness.provider import DTYPES, Prepared, Provider, WrongResultError
+from .harness.results import Results, Row, make_rows, provenance
 from .harness.timing import Quantiles
 from .ops_cases import Case, Operation, metrics_of, table
-from .results import Results, Row, make_rows, provenance
 
 
 class Race:

@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING
 
 from ..cli import UsageError, command, require
 from .compare import THRESHOLD, Change, compared, hand_out, load_rows
+from .harness.results import Row
 from .reporting.data import latest
 from .reporting.html import page, read_static
 from .reporting.markdown import all_tables, update
-from .results import Row
 
 if TYPE_CHECKING:
     from .reporting.style import Drawing

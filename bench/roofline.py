@@ -28,8 +28,8 @@ from .costs.estimate import change, estimate, operation_rows
 from .costs.workload import Method, Workload
 from .hardware import DATASHEETS, Ceilings, assumed, measured
 from .harness.case import BACKBONES
+from .harness.results import load
 from .providers.step import INPUT_PROMPTS
-from .results import load
 from .roofline_text import format_estimate, format_methods, format_operations, format_variation
 
 _PLAIN = Savings.none()

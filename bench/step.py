@@ -35,9 +35,9 @@ from .costs import ceilings
 from .hardware import Ceilings
 from .harness.check import Answer, LeftOut, Truths
 from .harness.provider import WrongResultError
+from .harness.results import Provenance, Results, provenance
 from .harness.worker import Worker
 from .providers.step import INPUT, StepCase, StepProvider, ladder, providers
-from .results import Provenance, Results, provenance
 from .step_costs import predicted_speed, step_cost
 from .step_results import StepResult, rows_of, table
 

@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .harness.results import Provenance, Row, make_rows
 from .harness.timing import Quantiles
 from .providers.step import StepCase, StepProvider
-from .results import Provenance, Row, make_rows
 from .step_costs import StepCost
 
 

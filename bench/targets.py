@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .harness.results import Row
 from .reporting.data import Table, number
-from .results import Row
 
 DEVICE = "H200"
 """Part of the name of the device that the targets are for."""

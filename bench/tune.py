@@ -23,13 +23,11 @@ Exit status 1: a current row does not run or computes something else. 2: nothing
 
 import argparse
 import contextlib
-import datetime
 import functools
 import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +37,7 @@ from typing import Any
 import torch
 import triton
 
+from .. import provenance
 from ..cli import UsageError, command, require_writable
 from ..kernels import launch as table
 from ..kernels.launch import (
@@ -262,25 +261,15 @@ def tune(
 
 def machine(device: torch.device) -> dict[str, str]:
     """Describe what is measured on, for the head of the file."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    describe_commit = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     return {
         "architecture": architecture_of(device),
-        "device": torch.cuda.get_device_name(device),
-        "driver": _first_line(query),
+        "device": provenance.device_name(device),
+        "driver": provenance.driver(device),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": _first_line(describe_commit),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "commit": provenance.commit(12) + "-dirty" * provenance.has_changes(),
+        "date": provenance.now()[:10],
     }
-
-
-def _first_line(command: list[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip().split("\n")[0]
 
 
 def store(path: Path, head: dict[str, str], row: dict[str, Any]) -> None:

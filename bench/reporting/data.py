@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..results import Provenance, Row
+from ..harness.results import Provenance, Row
 
 FLOOR_MARKS = ("no gate", "ungated", "other function", "floor")
 """Words in the name of a provider that computes less than the operation."""

@@ -16,7 +16,7 @@ from ...cli import UsageError
 from ..costs.operations import OPERATIONS
 from ..hardware import Ceilings, in_base_unit, measured
 from ..harness.case import PROMISED, Shape, parse_shape
-from ..results import Row
+from ..harness.results import Row
 from .data import KIND, distinct, grouped, is_floor, number
 from .style import COLOURS, FLOOR, INK, STYLE, Drawing, colours_of, finish
 

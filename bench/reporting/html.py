@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...cli import UsageError
 from ..compare import Change, describe, differences, summary
-from ..results import Row
+from ..harness.results import Row
 from .data import Table, grouped, tables
 
 if TYPE_CHECKING:

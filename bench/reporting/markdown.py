@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...cli import UsageError, require, write_results
-from ..results import Row
+from ..harness.results import Row
 from ..targets import targets_table
 from .data import Table, field_of, table, tables
 

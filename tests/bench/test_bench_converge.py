@@ -5,7 +5,7 @@ import pytest
 
 from tcpa.bench import __main__ as cli
 from tcpa.bench import converge
-from tcpa.bench.results import load
+from tcpa.bench.harness.results import load
 
 SMALL = ["--model", "test_vit", "--device", "cpu", "--batch", "4", "--steps", "20"]
 SMALL += ["--repeats", "2"]

@@ -14,8 +14,8 @@ from tcpa.bench.epoch_data import Cached, Files
 from tcpa.bench.epoch_runner import checked_runners
 from tcpa.bench.harness.check import LeftOut
 from tcpa.bench.harness.provider import WrongResultError
+from tcpa.bench.harness.results import load, provenance
 from tcpa.bench.providers.step import StepCase, StepProvider, providers
-from tcpa.bench.results import load, provenance
 from tcpa.cli import UsageError
 from tcpa.train.data.speed import cached_photos, write_photos
 

@@ -8,7 +8,7 @@ import pytest
 from tcpa.bench import __main__ as cli
 from tcpa.bench import gpu
 from tcpa.bench.gpu import Stage, stages
-from tcpa.bench.results import load
+from tcpa.bench.harness.results import load
 
 ECHO = ("-c", "import sys; sys.exit(int(sys.argv[1]))")
 

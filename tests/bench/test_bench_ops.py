@@ -12,12 +12,12 @@ from tcpa.bench.costs import ceilings
 from tcpa.bench.costs import operations as cost
 from tcpa.bench.harness import timing
 from tcpa.bench.harness.case import Shape, parse_shape
+from tcpa.bench.harness.results import Results, Row, load, make_rows, provenance
 from tcpa.bench.ops import choose_providers
 from tcpa.bench.ops_cases import MODES, OPERATIONS, TIME, Case, Operation
 from tcpa.bench.ops_race import Race, best_composition, call_of
 from tcpa.bench.providers.attention import PROVIDERS
 from tcpa.bench.providers.attention_case import AttentionCase
-from tcpa.bench.results import Results, Row, load, make_rows, provenance
 from tcpa.cli import UsageError
 
 CPU = torch.device("cpu")

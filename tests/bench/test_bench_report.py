@@ -13,8 +13,8 @@ from tcpa.bench.compare import compare, differences
 from tcpa.bench.costs.operations import OPERATIONS
 from tcpa.bench.hardware import measured
 from tcpa.bench.harness.case import Shape, standard_shapes
+from tcpa.bench.harness.results import Provenance, Row
 from tcpa.bench.reporting.data import latest, table
-from tcpa.bench.results import Provenance, Row
 
 MADE = Provenance(
     device="Synthetic GPU",

@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-from tcpa.bench import results
+import tcpa.provenance
 from tcpa.bench.costs import operations as cost
 from tcpa.bench.harness import case as shapes
 from tcpa.bench.harness import timing
 from tcpa.bench.harness.case import PROMISED, Shape, parse_shape, small_shapes, standard_shapes
+from tcpa.bench.harness.results import Provenance, Results, Row, load, provenance
 from tcpa.bench.harness.timing import Quantiles, interleave, peak_memory, ratio
-from tcpa.bench.results import Provenance, Results, Row, load, provenance
 from tcpa.cli import UsageError
 
 CPU = torch.device("cpu")
@@ -128,7 +128,7 @@ def test_the_conditions_are_those_of_this_run(monkeypatch):
     assert where.torch == torch.__version__ and where.driver == ""
     assert f"{torch.get_num_threads()} threads" in where.device
     assert provenance(CPU) is where
-    monkeypatch.setattr(results, "_output", lambda command: "")
+    monkeypatch.setattr(tcpa.provenance, "output_of", lambda command: "")
     provenance.cache_clear()
     assert provenance(CPU).commit == "" and provenance(CPU).dirty is False
     provenance.cache_clear()

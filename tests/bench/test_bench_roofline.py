@@ -17,7 +17,7 @@ from tcpa.bench.costs.operations import gated_attention
 from tcpa.bench.costs.workload import Workload, total
 from tcpa.bench.hardware import DATASHEETS, Ceilings
 from tcpa.bench.harness.case import PROMISED, Backbone
-from tcpa.bench.results import Provenance
+from tcpa.bench.harness.results import Provenance
 from tcpa.bench.roofline import FORMS, VALUES
 
 CLASSES, BATCH, SIZE = 5, 2, 64

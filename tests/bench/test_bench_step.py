@@ -27,6 +27,7 @@ from tcpa.bench.harness.check import (
 )
 from tcpa.bench.harness.model import build_model, fold_norms
 from tcpa.bench.harness.provider import WrongResultError
+from tcpa.bench.harness.results import load, provenance
 from tcpa.bench.harness.worker import Worker
 from tcpa.bench.providers.step import (
     StepCase,
@@ -35,7 +36,6 @@ from tcpa.bench.providers.step import (
     providers,
     tcpa_steps,
 )
-from tcpa.bench.results import load, provenance
 from tcpa.bench.step import StoppedError, _measure_rounds, choose, measure, with_costs
 from tcpa.bench.step_costs import backbone_sizes, step_cost
 from tcpa.bench.step_results import StepResult, rows_of, table

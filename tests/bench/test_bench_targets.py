@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tcpa.bench import __main__ as cli
+from tcpa.bench.harness.results import load, make_rows, provenance
 from tcpa.bench.harness.timing import Quantiles
-from tcpa.bench.results import load, make_rows, provenance
 from tcpa.bench.targets import MODEL, NOT_MEASURED, SHAPE, TARGETS, targets_table
 
 ROOT = Path(__file__).parents[2]

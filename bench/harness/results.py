@@ -4,13 +4,11 @@ Rows are appended as they are measured, so that an interrupted run keeps what it
 complete in itself: rows of several runs, machines and commits can stand in one file.
 """
 
-import datetime
 import errno
 import functools
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -19,8 +17,9 @@ from typing import Any
 
 import torch
 
-from ..cli import UsageError
-from .harness.timing import Quantiles
+from ... import provenance as made
+from ...cli import UsageError
+from .timing import Quantiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,62 +83,23 @@ class Row:
 def provenance(device: torch.device) -> Provenance:
     """Describe this run on a device; the date is that of the first call."""
     return Provenance(
-        device=device_name(device),
-        driver=_driver(device),
+        device=_device(device),
+        driver=made.driver(device),
         torch=torch.__version__,
-        triton=_version("triton"),
-        timm=_version("timm"),
+        triton=made.version("triton"),
+        timm=made.version("timm"),
         python=platform.python_version(),
-        system=f"{platform.system()} {platform.machine()}",
-        commit=_git("rev-parse", "--short=12", "HEAD"),
-        dirty=bool(_git("status", "--porcelain", "--untracked-files=no")),
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        system=made.system(),
+        commit=made.commit(12),
+        dirty=made.has_changes(),
+        date=made.now(),
     )
 
 
-def device_name(device: torch.device) -> str:
+def _device(device: torch.device) -> str:
     """Return the name of a GPU, or the CPU's with the number of threads in use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _driver(device: torch.device) -> str:
-    if device.type != "cuda":
-        return ""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return _output(query).splitlines()[0] if _output(query) else f"hip {torch.version.hip}"
-
-
-def _version(package: str) -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def _git(*arguments: str) -> str:
-    return _output(["git", "-C", str(Path(__file__).parent), *arguments])
-
-
-def _output(command: list[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip()
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    return f"{made.device_name(device)}{threads}"
 
 
 def make_rows(
