@@ -15,12 +15,12 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path, PurePosixPath
 from stat import S_IFDIR, S_IFMT, S_IFREG
-from typing import IO, NamedTuple, cast
+from typing import IO, cast
 
 from ...cli import UsageError
 from ..files import disk_errors
@@ -35,7 +35,22 @@ PAUSE = 1.0
 """Seconds before a second attempt; twice as many before a third."""
 
 BLOCK = 1 << 20
-Progress = Callable[[int, int | None], None]
+
+MAX_FILES = 1_000_000
+MAX_BYTES = 60 * 10**9
+"""Most that an archive may unpack to; the largest, NABirds, has about 10 GB."""
+
+_BROKEN = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    gzip.BadGzipFile,
+    zlib.error,
+    EOFError,
+    # An encrypted zip file.
+    RuntimeError,
+)
+
+BytesProgress = Callable[[int, int | None], None]
 """Called with the bytes there and all bytes, if the source says how many."""
 
 
@@ -45,15 +60,12 @@ class Unreachable(Exception):
 
 def md5_of(path: Path) -> str:
     """Return the MD5 of a file: what publishers give, good against accidents."""
-    digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
 
 
 def fetch(
-    urls: Sequence[str], target: Path, md5: str | None, progress: Progress | None = None
+    urls: Sequence[str], target: Path, md5: str | None, progress: BytesProgress | None = None
 ) -> str:
     """Fetch a file to `target` from the first source that has it; return that source.
 
@@ -74,7 +86,7 @@ def fetch(
         for attempt in range(ATTEMPTS):
             resumed = part.exists()
             try:
-                _go_on(url, part, progress)
+                _download(url, part, progress)
             except urllib.error.HTTPError as error:
                 error.close()
                 answers.append(f"{url}: {error.code} {error.reason}")
@@ -105,7 +117,7 @@ def fetch(
     raise Unreachable("; ".join(dict.fromkeys(answers)) or "no address is known")
 
 
-def _go_on(url: str, part: Path, progress: Progress | None) -> None:
+def _download(url: str, part: Path, progress: BytesProgress | None) -> None:
     """Fetch what is missing behind the end of `part`."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "tcpa", "Accept-Encoding": "identity"}
@@ -122,15 +134,15 @@ def _go_on(url: str, part: Path, progress: Progress | None) -> None:
             # All of it is there.
             return
         part.unlink()
-        return _go_on(url, part, progress)
+        return _download(url, part, progress)
     with response:
-        going_on = response.status == 206
-        if going_on and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+        resumes = response.status == 206
+        if resumes and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             raise http.client.HTTPException("it sent another part than was asked for")
-        have = have if going_on else 0
+        have = have if resumes else 0
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
-        with part.open("ab" if going_on else "wb") as stream:
+        with part.open("ab" if resumes else "wb") as stream:
             while block := response.read(BLOCK):
                 stream.write(block)
                 have += len(block)
@@ -142,33 +154,9 @@ def _go_on(url: str, part: Path, progress: Progress | None) -> None:
         raise http.client.HTTPException(f"the connection broke after {have:,} of {total:,} bytes")
 
 
-MAX_FILES = 1_000_000
-MAX_BYTES = 60 * 10**9
-"""Most that an archive may unpack to; the largest, NABirds, has about 10 GB."""
-
-ODD = "a link or a device"
-KINDS = (".tar", ".tar.gz", ".tgz", ".zip")
-_BROKEN = (
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    gzip.BadGzipFile,
-    zlib.error,
-    EOFError,
-    # An encrypted zip file.
-    RuntimeError,
-)
-
-
-class Member(NamedTuple):
-    """A regular file in an archive."""
-
-    name: str
-    stream: IO[bytes]
-
-
 def is_archive(name: str) -> bool:
     """Tell whether a file is one that `unpack` takes, by its name."""
-    return name.endswith(KINDS)
+    return name.endswith((".tar", ".tar.gz", ".tgz", ".zip"))
 
 
 def unpack(
@@ -213,14 +201,27 @@ def unpack(
 def _extract(
     archive: Path, staging: Path, provides: Sequence[str], max_files: int, max_bytes: int
 ) -> None:
+    """Write the wanted files of an archive; check every member, wanted or not."""
+    files = total = 0
     try:
-        with closing(_members(archive, max_files, max_bytes)) as members:
-            for name, stream in members:
-                if any(name == p or name.startswith(f"{p}/") for p in provides):
-                    target = staging / name
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with target.open("wb") as out:
-                        shutil.copyfileobj(stream, out, 1 << 20)
+        with closing(_members(archive)) as members:
+            for name, size, kind, open_member in members:
+                _require_harmless(archive, name, kind)
+                if kind == S_IFDIR:
+                    continue
+                files, total = files + 1, total + size
+                if files > max_files or total > max_bytes:
+                    raise UsageError(
+                        f"{archive}: got more than {max_files:,} files or {max_bytes:,} bytes, "
+                        "expected a dataset; remove it and fetch the right one"
+                    )
+                name = str(PurePosixPath(name))
+                with open_member() as stream:
+                    if any(name == wanted or name.startswith(f"{wanted}/") for wanted in provides):
+                        target = staging / name
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        with target.open("wb") as out:
+                            shutil.copyfileobj(stream, out, BLOCK)
     except _BROKEN as error:
         raise UsageError(
             f"{archive}: got an archive that cannot be read ({error}), expected a whole one; "
@@ -234,30 +235,8 @@ def _extract(
         )
 
 
-def _members(archive: Path, max_files: int, max_bytes: int) -> Generator[Member]:
-    """Yield the regular files of an archive one after another, each checked."""
-    files = total = 0
-    with closing(_entries(archive)) as entries:
-        for name, kind, size, open_stream in entries:
-            _require_harmless(archive, name, kind)
-            if open_stream is None:
-                continue
-            files, total = files + 1, total + size
-            if files > max_files or total > max_bytes:
-                raise UsageError(
-                    f"{archive}: got more than {max_files:,} files or {max_bytes:,} bytes, "
-                    "expected a dataset; remove it and fetch the right one"
-                )
-            with open_stream() as stream:
-                yield Member(str(PurePosixPath(name)), stream)
-
-
-Entry = tuple[str, str, int, Callable[[], IO[bytes]] | None]
-"""Name, what else than a file or a folder it is, bytes, and how to open a file."""
-
-
-def _entries(archive: Path) -> Generator[Entry]:
-    """Yield what an archive holds.
+def _members(archive: Path) -> Iterator[tuple[str, int, int, Callable[[], IO[bytes]]]]:
+    """Yield name, bytes, type (S_IFREG, S_IFDIR or another) and how to open each member.
 
     Neither format can hold more than it announces: both readers stop at the size.
     """
@@ -265,26 +244,27 @@ def _entries(archive: Path) -> Generator[Entry]:
         with zipfile.ZipFile(archive) as packed:
             for info in packed.infolist():
                 # Files that were packed without Unix permissions have no type at all.
-                kind = S_IFMT(info.external_attr >> 16)
-                odd = "" if kind in (0, S_IFREG, S_IFDIR) else ODD
-                open_stream = None if info.is_dir() or odd else partial(packed.open, info)
-                yield info.filename, odd, info.file_size, open_stream
+                kind = S_IFMT(info.external_attr >> 16) or S_IFREG
+                if info.is_dir() and kind == S_IFREG:
+                    kind = S_IFDIR
+                yield info.filename, info.file_size, kind, partial(packed.open, info)
         return
     with tarfile.open(archive) as packed:
         for info in packed:
-            open_stream = partial(packed.extractfile, info) if info.isreg() else None
-            odd = "" if info.isreg() or info.isdir() else ODD
-            yield info.name, odd, info.size, cast("Callable[[], IO[bytes]] | None", open_stream)
+            kind = S_IFREG if info.isreg() else S_IFDIR if info.isdir() else 0
+            open_member = cast("Callable[[], IO[bytes]]", partial(packed.extractfile, info))
+            yield info.name, info.size, kind, open_member
         # The checksum of a compressed file is behind the last member.
-        while packed.fileobj and packed.fileobj.read(1 << 20):
+        while packed.fileobj and packed.fileobj.read(BLOCK):
             pass
 
 
-def _require_harmless(archive: Path, name: str, kind: str) -> None:
+def _require_harmless(archive: Path, name: str, kind: int) -> None:
     parts = PurePosixPath(name.replace("\\", "/"))
     outside = parts.is_absolute() or ".." in parts.parts or ":" in (parts.parts or ("",))[0]
-    if outside or kind:
-        what = kind or "a name that leads out of the folder"
+    odd = kind not in (S_IFREG, S_IFDIR)
+    if outside or odd:
+        what = "a link or a device" if odd else "a name that leads out of the folder"
         raise UsageError(
             f"{archive}: got {what} ({name!r}), expected files and folders only; do not use this "
             "archive"

@@ -14,7 +14,7 @@ from .building import build_cache, describe
 from .cache import RESIZE, Cache
 from .decoding import Progress
 from .pools import Pool
-from .splits import FOLDER, Split, SplitName, open_split
+from .splits import FOLDER, SplitName, open_split
 from .vtab import Stated
 from .vtab_tasks import VTAB
 
@@ -128,7 +128,7 @@ def open_cached(
         cache: folder for caches; None: `default_cache`.
         resize, workers, progress: as `build_cache`; images of VTAB-1k become squares of that side.
     """
-    opened: Split = open_split(name, root, split, protocol=protocol, source=source)
+    opened = open_split(name, root, split, protocol=protocol, source=source)
     folder = default_cache(name, root) if cache is None else cache
     label, pool = cache_label(name, root, opened.pool_name), cached_pool(name, opened.pool, resize)
     built = build_cache(pool, folder, label, resize=resize, workers=workers, progress=progress)

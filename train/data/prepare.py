@@ -10,21 +10,21 @@ from filelock import FileLock
 
 from ...cli import UsageError
 from ..files import disk_errors
-from .archives import Progress, Unreachable, fetch, is_archive, md5_of, unpack
-from .registry import Dataset, Source
+from .archives import BytesProgress, Unreachable, fetch, is_archive, md5_of, unpack
+from .registry import Dataset, SourceFile
 from .splits import DATASETS, FOLDER, NAMES, require_dataset
 from .vtab_tasks import ROOT, VTAB
 
 Report = Callable[[str], None]
 
 
-def archive_path(name: str, root: Path, source: Source) -> Path:
+def archive_path(name: str, root: Path, source: SourceFile) -> Path:
     """Return where a fetched file is kept, and where a person may put it."""
     # All tasks of VTAB-1k come in one archive.
     return root / "archives" / (ROOT if name in VTAB else name) / source.file
 
 
-def is_there(root: Path, source: Source) -> bool:
+def is_there(root: Path, source: SourceFile) -> bool:
     """Tell whether all that a source brings is unpacked."""
     return all((root / source.folder / name).exists() for name in source.provides)
 
@@ -36,7 +36,7 @@ def prepare(
     mirror: str | None = None,
     offline: bool = False,
     report: Report = print,
-    progress: Progress | None = None,
+    progress: BytesProgress | None = None,
 ) -> None:
     """Fetch and unpack what is missing of a dataset.
 
@@ -72,9 +72,9 @@ def _prepare_sources(
     mirror: str | None,
     offline: bool,
     report: Report,
-    progress: Progress | None,
+    progress: BytesProgress | None,
 ) -> None:
-    missing: list[tuple[Source, str]] = []
+    missing: list[tuple[SourceFile, str]] = []
     for source in (source for source in dataset.sources if not source.optional):
         if is_there(root, source):
             report(f"{source.file}: its content is there")
@@ -105,12 +105,12 @@ def _dataset(name: str) -> Dataset:
 
 def _fetch(
     dataset: Dataset,
-    source: Source,
+    source: SourceFile,
     path: Path,
     mirror: str | None,
     offline: bool,
     report: Report,
-    progress: Progress | None,
+    progress: BytesProgress | None,
 ) -> str:
     """Fetch one file; return why that failed, or nothing."""
     if offline:
@@ -127,7 +127,7 @@ def _fetch(
     return ""
 
 
-def _require_checksum(path: Path, source: Source) -> None:
+def _require_checksum(path: Path, source: SourceFile) -> None:
     if source.md5 and (found := md5_of(path)) != source.md5:
         raise UsageError(
             f"{path}: got MD5 {found}, expected {source.md5}; it is cut off or another file: "
@@ -135,7 +135,7 @@ def _require_checksum(path: Path, source: Source) -> None:
         )
 
 
-def _put(path: Path, root: Path, source: Source) -> None:
+def _put(path: Path, root: Path, source: SourceFile) -> None:
     """Unpack an archive, or copy a plain file to its place."""
     if is_archive(source.file):
         unpack(path, root / source.folder, source.provides)
@@ -148,7 +148,7 @@ def _put(path: Path, root: Path, source: Source) -> None:
         os.replace(temporary, target)
 
 
-def _to_fetch(dataset: Dataset, root: Path, missing: list[tuple[Source, str]]) -> str:
+def _to_fetch(dataset: Dataset, root: Path, missing: list[tuple[SourceFile, str]]) -> str:
     """Say what a person has to fetch, from where, and where to put it."""
     lines = [
         f"{dataset.title}: {len(missing)} of its files could not be fetched, expected a connection "
@@ -164,7 +164,7 @@ def _to_fetch(dataset: Dataset, root: Path, missing: list[tuple[Source, str]]) -
     return "\n".join(lines)
 
 
-def _amount(source: Source) -> str:
+def _amount(source: SourceFile) -> str:
     size = source.size or 0
     if not size:
         return "of unknown size"
@@ -180,7 +180,7 @@ def _prepare_splits(
     mirror: str | None,
     offline: bool,
     report: Report,
-    progress: Progress | None,
+    progress: BytesProgress | None,
 ) -> None:
     """Fetch VPT's split files, all of them or none; without them a split of our own serves."""
     sources = [source for source in dataset.sources if source.optional]

@@ -41,7 +41,7 @@ OURS = "a hash of their names, stratified; this split is ours, not the authors'"
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class OpenedSplit:
     """Images of a pool with labels."""
 
     dataset: str
@@ -125,7 +125,7 @@ def open_split(
     *,
     protocol: str = "official",
     source: Stated = "auto",
-) -> Split:
+) -> OpenedSplit:
     """Open one split of a dataset.
 
     Args:
@@ -177,7 +177,7 @@ def open_split(
         record["source"] = source_kind(pool, TASKS[name], source).to_json()
     if name in DATASETS:
         record |= _against_registry(name, split, protocol, len(rows), len(listing.class_names))
-    return Split(name, split, pool_name, pool, rows, labels, listing.class_names, record)
+    return OpenedSplit(name, split, pool_name, pool, rows, labels, listing.class_names, record)
 
 
 def _official_rows(listing: Listing, rule: Rule, split: str) -> tuple[np.ndarray, str]:

@@ -16,13 +16,13 @@ from PIL import Image
 from ...cli import UsageError
 from .annotations import read_lines, unusable
 from .pools import UNREADABLE, FilePool, Listing, inside
-from .vtab_tasks import LISTS, Task
+from .vtab_tasks import LISTS, VTABTask
 
 Labels = dict[str, int]
 """Image name -> class."""
 
 
-def read_vtab(folder: Path, task: Task) -> Listing:
+def read_vtab(folder: Path, task: VTABTask) -> Listing:
     """Read the lists of a task.
 
     Counts are not looked at here: `verify` compares them, and a run records whether they are whole.
@@ -60,7 +60,7 @@ def read_vtab(folder: Path, task: Task) -> Listing:
     )
 
 
-def _read_list(folder: Path, file: str, task: Task) -> Labels:
+def _read_list(folder: Path, file: str, task: VTABTask) -> Labels:
     path, expected = folder / file, "lines of an image's path and its class"
     labels: Labels = {}
     for number, line in enumerate(read_lines(path, expected), start=1):
@@ -130,7 +130,7 @@ class SourceKind:
         return asdict(self)
 
 
-def source_kind(pool: FilePool, task: Task, stated: Stated = "auto") -> SourceKind:
+def source_kind(pool: FilePool, task: VTABTask, stated: Stated = "auto") -> SourceKind:
     """Tell by file formats what the images are, or take what the user states.
 
     Args:

@@ -1,7 +1,7 @@
 """The nineteen tasks of VTAB-1k as data: groups, classes, counts, and where the images come from.
 
 The benchmark takes 800 training and 200 validation images of each task and its whole test split
-(Zhai et al., "A Large-scale Study of Representation Learning with the Visual Task Adaptation
+(Zhai et al., "A Large-scale Study of Representation Learning with the Visual VTABTask Adaptation
 Benchmark", 2019). The folder read here is the copy that circulates without TensorFlow:
 `vtab-1k/TASK/` with `images/` and four lists of `path label`.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..config import VTAB_PREFIX
-from .registry import GB, Dataset, Source
+from .registry import Dataset, SourceFile
 
 GroupName = Literal["natural", "specialized", "structured"]
 
@@ -32,8 +32,8 @@ LISTS = {
 """Split -> its list."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
+@dataclass(frozen=True, slots=True)
+class VTABTask:
     """What is particular to one task."""
 
     title: str
@@ -45,47 +45,43 @@ class Task:
     test: int
     """Test images."""
 
-    lossless: bool
+    lossless: bool = False
     """Whether the originals are stored without loss (TensorFlow Datasets' format), so that a JPEG
     file cannot be one of them."""
 
 
-def _task(
-    title: str, group: GroupName, folder: str, classes: int, test: int, *, lossless: bool = False
-) -> Task:
-    return Task(
-        title=title, group=group, folder=folder, classes=classes, test=test, lossless=lossless
-    )
-
-
-TASKS: dict[str, Task] = {
+TASKS: dict[str, VTABTask] = {
     f"{VTAB_PREFIX}{name}": task
     for name, task in {
-        "cifar100": _task("CIFAR-100", "natural", "cifar", 100, 10_000, lossless=True),
-        "caltech101": _task("Caltech101", "natural", "caltech101", 102, 6084),
-        "dtd": _task("DTD", "natural", "dtd", 47, 1880),
-        "flowers102": _task("Flowers102", "natural", "oxford_flowers102", 102, 6149),
-        "pets": _task("Pets", "natural", "oxford_iiit_pet", 37, 3669),
-        "svhn": _task("SVHN", "natural", "svhn", 10, 26_032, lossless=True),
-        "sun397": _task("Sun397", "natural", "sun397", 397, 21_750),
-        "camelyon": _task("Camelyon", "specialized", "patch_camelyon", 2, 32_768, lossless=True),
-        "eurosat": _task("EuroSAT", "specialized", "eurosat", 10, 5400),
-        "resisc45": _task("Resisc45", "specialized", "resisc45", 45, 6300),
-        "retinopathy": _task("Retinopathy", "specialized", "diabetic_retinopathy", 5, 42_670),
-        "clevr-count": _task("Clevr-Count", "structured", "clevr_count", 8, 15_000, lossless=True),
-        "clevr-distance": _task("Clevr-Dist", "structured", "clevr_dist", 6, 15_000, lossless=True),
-        "dmlab": _task("DMLab", "structured", "dmlab", 6, 22_735),
-        "kitti": _task("KITTI-Dist", "structured", "kitti", 4, 711, lossless=True),
-        "dsprites-location": _task(
+        "cifar100": VTABTask("CIFAR-100", "natural", "cifar", 100, 10_000, lossless=True),
+        "caltech101": VTABTask("Caltech101", "natural", "caltech101", 102, 6084),
+        "dtd": VTABTask("DTD", "natural", "dtd", 47, 1880),
+        "flowers102": VTABTask("Flowers102", "natural", "oxford_flowers102", 102, 6149),
+        "pets": VTABTask("Pets", "natural", "oxford_iiit_pet", 37, 3669),
+        "svhn": VTABTask("SVHN", "natural", "svhn", 10, 26_032, lossless=True),
+        "sun397": VTABTask("Sun397", "natural", "sun397", 397, 21_750),
+        "camelyon": VTABTask("Camelyon", "specialized", "patch_camelyon", 2, 32_768, lossless=True),
+        "eurosat": VTABTask("EuroSAT", "specialized", "eurosat", 10, 5400),
+        "resisc45": VTABTask("Resisc45", "specialized", "resisc45", 45, 6300),
+        "retinopathy": VTABTask("Retinopathy", "specialized", "diabetic_retinopathy", 5, 42_670),
+        "clevr-count": VTABTask(
+            "Clevr-Count", "structured", "clevr_count", 8, 15_000, lossless=True
+        ),
+        "clevr-distance": VTABTask(
+            "Clevr-Dist", "structured", "clevr_dist", 6, 15_000, lossless=True
+        ),
+        "dmlab": VTABTask("DMLab", "structured", "dmlab", 6, 22_735),
+        "kitti": VTABTask("KITTI-Dist", "structured", "kitti", 4, 711, lossless=True),
+        "dsprites-location": VTABTask(
             "dSpr-Loc", "structured", "dsprites_loc", 16, 73_728, lossless=True
         ),
-        "dsprites-orientation": _task(
+        "dsprites-orientation": VTABTask(
             "dSpr-Ori", "structured", "dsprites_ori", 16, 73_728, lossless=True
         ),
-        "smallnorb-azimuth": _task(
+        "smallnorb-azimuth": VTABTask(
             "sNORB-Azi", "structured", "smallnorb_azi", 18, 12_150, lossless=True
         ),
-        "smallnorb-elevation": _task(
+        "smallnorb-elevation": VTABTask(
             "sNORB-Ele", "structured", "smallnorb_ele", 9, 12_150, lossless=True
         ),
     }.items()
@@ -100,11 +96,11 @@ GROUPS: dict[GroupName, tuple[str, ...]] = {
 
 ARCHIVE = "vtab-1k.zip"
 _COPY = f"https://huggingface.co/datasets/XiN0919/VTAB-1k/resolve/main/{ARCHIVE}"
-_COUNTS = {"train": 800, "val": 200}
 
 
-def _dataset(name: str, task: Task) -> Dataset:
-    counts = _COUNTS | {"test": task.test}
+def _dataset(name: str, task: VTABTask) -> Dataset:
+    counts = {"train": 800, "val": 200, "test": task.test}
+    provides = tuple(f"{ROOT}/{task.folder}/{part}" for part in ("images", *LISTS.values()))
     return Dataset(
         name=name,
         title=f"VTAB-1k {task.title}",
@@ -113,17 +109,7 @@ def _dataset(name: str, task: Task) -> Dataset:
         rule="given",
         official=counts,
         honest=counts,
-        sources=(
-            Source(
-                file=ARCHIVE,
-                urls=(_COPY,),
-                size=47 * GB // 10,
-                provides=tuple(
-                    f"{ROOT}/{task.folder}/{part}" for part in ("images", *LISTS.values())
-                ),
-            ),
-        ),
-        labels=f"second word of each line of {', '.join(LISTS.values())}",
+        sources=(SourceFile(file=ARCHIVE, urls=(_COPY,), size=4_700_000_000, provides=provides),),
     )
 
 
