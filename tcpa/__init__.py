@@ -10,22 +10,22 @@ from typing import Any
 
 from .build import create_model, wrap
 from .capture import BlockRecord, Capture
-from .config import HTA_DATASETS, PromptConfig, Savings, TCPAConfig, VPTConfig
+from .config import Savings
 from .dispatch import choose_impl
 from .loading import from_pretrained
-from .methods.input_config import AutoVPConfig, DAMVPConfig, InputConfig, LIONConfig, VPConfig
-from .methods.token_config import E2VPTConfig, GatedPromptConfig
-from .methods.tuning_config import (
-    AdapterTuning,
-    AdaptFormerTuning,
-    BiasTuning,
-    FullTuning,
-    HeadTuning,
-    LastBlockTuning,
-    MLPHeadTuning,
-    SideTuning,
-    TuningConfig,
-)
+from .methods.adapters import AdapterTuning, AdaptFormerTuning
+from .methods.autovp import AutoVPConfig
+from .methods.base import InputConfig, PromptConfig, TuningConfig
+from .methods.dam_vp import DAMVPConfig
+from .methods.e2vpt import E2VPTConfig
+from .methods.finetune import BiasTuning, FullTuning, LastBlockTuning
+from .methods.gated import GatedPromptConfig
+from .methods.heads import HeadTuning, MLPHeadTuning
+from .methods.lion import LIONConfig
+from .methods.side import SideTuning
+from .methods.tcpa import HTA_DATASETS, TCPAConfig
+from .methods.vp import VPConfig
+from .methods.vpt import VPTConfig
 from .model import Normalization, PromptedViT
 from .official import load_official_state_dict, official_state_dict
 from .ops import gated_attention, match_prompts, norm_match

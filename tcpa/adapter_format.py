@@ -18,16 +18,14 @@ from torch import Tensor, nn
 
 from . import blocks
 from .checks import config_from_dict, require, require_choice
-from .config import TOKEN_PROMPTS, PromptConfig
-from .methods.input_config import INPUT_PROMPTS
-from .methods.tuning import backbone_parameters
-from .methods.tuning_config import TUNINGS, HeadTuning
+from .methods import INPUT_PROMPTS, TOKEN_PROMPTS, TUNINGS
+from .methods.base import PromptConfig, TuningConfig
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FORMAT = "tcpa-adapter"
 FORMAT_VERSION = 1
-METHODS: dict[str, type | None] = {**TOKEN_PROMPTS, "linear": None}
+METHODS: dict[str, type[PromptConfig] | None] = {**TOKEN_PROMPTS, "linear": None}
 CHOICES: dict[str, dict[str, Any]] = {"input_prompt": INPUT_PROMPTS, "tuning": TUNINGS}
 """Fields of an adapter that has such a choice beside its token prompts; each holds the name of its
 kind and its configuration."""
@@ -145,7 +143,7 @@ def choice_of(saved: dict[str, Any], name: str, path: Path) -> Any:
 
 
 def backbone_fingerprint(
-    backbone: nn.Module, tuning: HeadTuning | None = None, with_head: bool = False
+    backbone: nn.Module, tuning: TuningConfig | None = None, with_head: bool = False
 ) -> str:
     """Return the SHA-256 of the frozen weights: names, shapes, dtypes and bytes.
 
@@ -154,7 +152,7 @@ def backbone_fingerprint(
     heads = {id(p) for h in blocks.classifier_layers(backbone) for p in h.parameters()}
     left_out = set() if with_head else heads
     if tuning is not None:
-        left_out |= {id(p) for p in backbone_parameters(tuning, backbone).values()}
+        left_out |= {id(p) for p in tuning.backbone_parameters(backbone).values()}
     return checksum({n: p for n, p in backbone.named_parameters() if id(p) not in left_out})
 
 

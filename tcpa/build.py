@@ -1,7 +1,5 @@
 """Putting prompts on a timm model: `wrap` for an instance, `create_model` for a name."""
 
-import dataclasses
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,14 +9,11 @@ from torch import nn
 
 from . import blocks
 from .checks import require, require_choice, require_int
-from .config import PromptConfig, Savings, TCPAConfig
+from .config import Savings
 from .dispatch import IMPLS, Impl
-from .methods.input_config import InputConfig
-from .methods.parts import require_sensible
-from .methods.tuning_config import HeadTuning, MLPHeadTuning, SideTuning
+from .methods.base import Choices, InputConfig, PromptConfig, TuningConfig
+from .methods.heads import HeadTuning
 from .model import Normalization, PromptedViT, implementation_on
-
-_log = logging.getLogger("tcpa")
 
 
 def wrap(
@@ -26,7 +21,7 @@ def wrap(
     config: PromptConfig | None,
     *,
     input_prompt: InputConfig | None = None,
-    tuning: HeadTuning | None = None,
+    tuning: TuningConfig | None = None,
     num_classes: int | None = None,
     savings: Savings | None = None,
     impl: Impl = "auto",
@@ -72,29 +67,26 @@ def wrap(
     require_choice("impl", impl, IMPLS)
     if num_classes is not None:
         require_int("num_classes", num_classes, 0)
-    require_sensible(backbone, config, input_prompt, tuning, num_classes)
-    if isinstance(config, TCPAConfig):
-        config = _fit_to_backbone(config, backbone)
+    choices = Choices(config, input_prompt, tuning, num_classes)
+    choices.validate(backbone)
+    if config is not None:
+        choices = choices._replace(prompts=config.fit_to(backbone))
     record = _normalization(backbone, normalization)
     if impl != "auto":
         implementation_on(backbone, impl)
     model = PromptedViT(
         backbone,
-        config,
-        input_prompt=input_prompt,
-        tuning=tuning,
-        num_classes=num_classes,
+        choices,
         savings=savings or Savings(),
         impl=impl,
         normalization=record,
     )
-    if num_classes is None and (isinstance(tuning, MLPHeadTuning) or tuning.head == "normed"):
+    if num_classes is None and tuning.needs_own_head:
         num_classes = model.num_classes
     if num_classes is not None and model.mapping is None:
         model.reset_classifier(num_classes)
-    if isinstance(tuning, SideTuning) and tuning.pretrained and load_weights:
-        assert model.side is not None
-        model.side.load_pretrained()
+    if load_weights:
+        tuning.load_pretrained(model)
     model.take_over()
     return model
 
@@ -106,7 +98,7 @@ def create_model(
     num_classes: int | None = None,
     tcpa: PromptConfig | None = None,
     input_prompt: InputConfig | None = None,
-    tuning: HeadTuning | None = None,
+    tuning: TuningConfig | None = None,
     savings: Savings | None = None,
     impl: Impl = "auto",
     normalization: tuple[Sequence[float], Sequence[float]] | None = None,
@@ -167,14 +159,6 @@ def require_covered(backbone: nn.Module) -> None:
     reason = blocks.unsupported_reason(backbone)
     if reason is not None:
         raise ValueError(f"backbone: {reason}; use one of timm's {blocks.SUPPORTED}")
-
-
-def _fit_to_backbone(config: TCPAConfig, backbone: Any) -> TCPAConfig:
-    """Drop the CLS pool on a model without prefix tokens; nothing could ever select from it."""
-    if backbone.num_prefix_tokens > 0 or config.cls_pool_size == 0:
-        return config
-    _log.info("the backbone has no prefix tokens: the CLS pool is dropped")
-    return dataclasses.replace(config, cls_pool_size=0, cls_top_k=0)
 
 
 def _normalization(

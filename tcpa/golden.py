@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .build import wrap
-from .config import PromptConfig, Savings, TCPAConfig, VPTConfig
+from .config import Savings
 from .dispatch import Impl
+from .methods.base import PromptConfig
+from .methods.tcpa import TCPAConfig
+from .methods.vpt import VPTConfig
 from .model import PromptedViT
 from .official import load_official_state_dict, official_learning_rate, official_state_dict
 from .reference import split_gate

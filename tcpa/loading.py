@@ -29,9 +29,9 @@ from .adapter_format import (
 )
 from .build import create_model, require_covered, wrap
 from .checks import FLOAT_DTYPES, require, require_bool
-from .config import PromptConfig, Savings
+from .config import Savings
 from .dispatch import Impl
-from .methods.input_prompts import ClusterFramePrompt
+from .methods.base import PromptConfig
 from .model import PromptedViT
 
 
@@ -159,9 +159,10 @@ def _fill(model: PromptedViT, tensors: dict[str, Tensor], path: Path, keep_dtype
     They keep their saved dtypes on a backbone of the dtype `keep_dtype`.
     """
     prototypes = tensors.get("input_prompt.prototypes")
-    if isinstance(model.input_prompt, ClusterFramePrompt) and prototypes is not None:
+    if prototypes is not None:
         require(prototypes.ndim == 2, str(path), "prototypes", "[J, C]", "save the adapter again")
-        model.input_prompt.resize(len(prototypes))
+    for name, part in model.fitted_parts().items():
+        part.resize_for(tensors, f"{name}.")
     targets = model.trained_tensors()
     missing, unknown = sorted(targets.keys() - tensors), sorted(tensors.keys() - targets)
     fits = not missing and not unknown
@@ -183,6 +184,5 @@ def _fill(model: PromptedViT, tensors: dict[str, Tensor], path: Path, keep_dtype
     for name, parameter in targets.items():
         dtype = tensors[name].dtype if same else parameter.dtype
         parameter.data = tensors[name].to(parameter.device, dtype)
-    for part in (model.input_prompt, model.mapping):
-        if part is not None and hasattr(part, "find_fitted"):
-            part.find_fitted()
+    for part in model.fitted_parts().values():
+        part.find_fitted()

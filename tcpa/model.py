@@ -19,14 +19,9 @@ from torch import Tensor, nn
 from . import blocks
 from .capture import Capture
 from .checks import require, require_bool, require_int, require_shape, require_tensor
-from .config import PromptConfig, Savings
+from .config import Savings
 from .dispatch import Impl, autocast_dtype, choose_impl
-from .methods.input_config import InputConfig
-from .methods.input_prompts import ClusterFramePrompt
-from .methods.kv_prompts import E2VPTPrompts
-from .methods.parts import make_parts
-from .methods.tuning import backbone_parameters, dropout_layers, make_head
-from .methods.tuning_config import HeadTuning
+from .methods.base import Choices, Fitted
 from .passes import Passes
 from .prompt_kv import ParameterCache, PromptKV, StackedProjections
 
@@ -79,20 +74,15 @@ class PromptedViT(Passes):
     def __init__(
         self,
         backbone: nn.Module,
-        config: PromptConfig | None,
+        choices: Choices,
         *,
-        input_prompt: InputConfig | None = None,
-        tuning: HeadTuning,
-        num_classes: int | None = None,
         savings: Savings,
         impl: Impl,
         normalization: Normalization,
     ) -> None:
         super().__init__()
         self.backbone = cast(Any, backbone)
-        self.config = config
-        self.input_config = input_prompt
-        self.tuning = tuning
+        self.config, self.input_config, self.tuning, _ = choices
         self.savings = savings
         self.impl: Impl = impl
         self.normalization = normalization
@@ -103,8 +93,7 @@ class PromptedViT(Passes):
         self._capture: Capture | None = None
         self._kv_cache = ParameterCache[list[PromptKV]]()
         self._stack_cache = ParameterCache[StackedProjections | None]()
-        parts = make_parts(backbone, config, input_prompt, tuning, normalization, num_classes)
-        for name, module in parts.items():
+        for name, module in choices.build(backbone, normalization).items():
             setattr(self, name, module)
         self._freeze()
         self.train()
@@ -127,7 +116,7 @@ class PromptedViT(Passes):
 
     def _freeze(self) -> None:
         self.backbone.requires_grad_(not self.savings.frozen_backbone)
-        for parameter in backbone_parameters(self.tuning, self.backbone).values():
+        for parameter in self.tuning.backbone_parameters(self.backbone).values():
             parameter.requires_grad_(True)
         self._prepare_head()
 
@@ -151,7 +140,7 @@ class PromptedViT(Passes):
         """Switch the prompts to training or evaluation; the backbone stays in evaluation mode."""
         super().train(mode)
         self.backbone.eval()
-        for layer in (*self._heads(), *dropout_layers(self.tuning, self.backbone)):
+        for layer in (*self._heads(), *self.tuning.dropout_layers(self.backbone)):
             layer.train(mode)
         self.forget()
         return self
@@ -206,7 +195,7 @@ class PromptedViT(Passes):
         of the backbone, classification head."""
         self.require_backbone()
         frozen = {id(p) for p in self.backbone.parameters()}
-        frozen -= {id(p) for p in backbone_parameters(self.tuning, self.backbone).values()}
+        frozen -= {id(p) for p in self.tuning.backbone_parameters(self.backbone).values()}
         for layer in self._heads():
             frozen -= {id(p) for p in layer.parameters()}
         return {name: p for name, p in self.named_parameters() if id(p) not in frozen}
@@ -233,9 +222,8 @@ class PromptedViT(Passes):
             ValueError: a value is missing or of another shape; nothing is copied then.
         """
         self.require_backbone()
-        prototypes = tensors.get("input_prompt.prototypes")
-        if isinstance(self.input_prompt, ClusterFramePrompt) and prototypes is not None:
-            self.input_prompt.resize(len(prototypes))
+        for name, part in self.fitted_parts().items():
+            part.resize_for(tensors, f"{name}.")
         targets = self.trained_tensors()
         for name, target in targets.items():
             value = tensors.get(name)
@@ -243,9 +231,13 @@ class PromptedViT(Passes):
                 raise ValueError(f"no value of shape {list(target.shape)} for {name}")
         for name, target in targets.items():
             target.copy_(tensors[name])
-        for part in (self.input_prompt, self.mapping):
-            if part is not None and hasattr(part, "find_fitted"):
-                part.find_fitted()
+        for part in self.fitted_parts().values():
+            part.find_fitted()
+
+    def fitted_parts(self) -> dict[str, Fitted]:
+        """Return the modules some of whose values may be found in training images, by name."""
+        parts = {"input_prompt": self.input_prompt, "mapping": self.mapping}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the trained parameters, for an optimiser."""
@@ -254,8 +246,13 @@ class PromptedViT(Passes):
     @property
     def num_trainable(self) -> int:
         """Number of trained values, without those of E2VPT's prompts that are pruned."""
-        pruned = self.tokens.num_pruned if isinstance(self.tokens, E2VPTPrompts) else 0
+        pruned = 0 if self.prompt_source is None else self.prompt_source.num_pruned
         return sum(p.numel() for p in self.trainable_parameters()) - pruned
+
+    @property
+    def match_weight(self) -> float:
+        """Weight of the match distance in the loss."""
+        return 0.0 if self.config is None else self.config.match_weight
 
     @property
     def implementation(self) -> tuple[str, str]:
@@ -285,7 +282,7 @@ class PromptedViT(Passes):
         require(not mapped, "num_classes", "a model with an output mapping", expected, remedy)
         self.backbone.reset_classifier(num_classes)
         for name in blocks.classifier_names(self.backbone):
-            setattr(self.backbone, name, make_head(self.tuning, getattr(self.backbone, name)))
+            setattr(self.backbone, name, self.tuning.make_head(getattr(self.backbone, name)))
         self._prepare_head()
         self.train(self.training)
 
@@ -372,8 +369,9 @@ class PromptedViT(Passes):
         Raises:
             ValueError: the method selects nothing (it is not TCPA).
         """
-        got = type(self.config).__name__
-        require(self.pools is not None, "config", got, "a TCPAConfig", "wrap with a TCPAConfig")
+        source, got = self.prompt_source, type(self.config).__name__
+        selects, remedy = source is not None and source.selects, "wrap with a TCPAConfig"
+        require(selects, "config", got, "token prompts that are selected", remedy)
         was_training = self.training
         try:
             gates = self.eval()._run_blocks(images, None)[2]

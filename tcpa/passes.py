@@ -5,6 +5,7 @@ Axes: B batch, L tokens, P prompt rows, C width, N blocks, W gate words.
 
 import functools
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,38 +14,32 @@ from torch.utils.checkpoint import checkpoint
 
 from . import blocks
 from .capture import Capture
-from .config import PromptConfig, Savings, TCPAConfig, VPTConfig
+from .checks import require
+from .config import Savings
 from .dispatch import Impl
 from .forward import BlockSettings, run_block, run_block_on_tokens
-from .methods.fitting import Fitting
-from .methods.input_prompts import ClusterFramePrompt
-from .methods.kv_prompts import E2VPTPrompts, GatedPrompts
-from .methods.mapping import OutputMapping
-from .methods.tuning import SideNetwork
-from .ops import match_prompts, norm_match
+from .methods.base import InputPrompt, Match, PromptConfig, PromptSource, require_clusters
 from .prompt_kv import ParameterCache, PromptKV, StackedProjections, prompt_keys_values
-from .prompts import PromptPools, TokenPrompts, ValueAffine
-from .reference import random_gate, role_gate
 
 _log = logging.getLogger("tcpa")
 
 
-class Passes(Fitting):
+class Passes(nn.Module):
     """The part of `PromptedViT` that runs the blocks."""
 
     backbone: Any
     config: PromptConfig | None
     savings: Savings
     impl: Impl
-    pools: PromptPools | None
-    tokens: TokenPrompts | E2VPTPrompts | GatedPrompts | None
-    value_affine: ValueAffine | None
+    pools: PromptSource | None
+    tokens: PromptSource | None
+    value_affine: nn.Module | None
     image_prompt: nn.Sequential
-    input_prompt: Any
+    input_prompt: InputPrompt | None
     feature_prompt: nn.Module | None
     adapters: nn.ModuleList | None
-    side: SideNetwork | None
-    mapping: OutputMapping | None
+    side: nn.Module | None
+    mapping: Any
     _random_selection: bool
     _knows_epoch: bool
     _recompute: bool
@@ -58,10 +53,96 @@ class Passes(Fitting):
 
     @property
     def _random_epochs(self) -> int:
-        config = self.config
-        if not isinstance(config, TCPAConfig) or config.coordination != "token":
-            return 0
-        return config.random_selection_epochs
+        return 0 if self.config is None else self.config.random_epochs
+
+    @property
+    def prompt_source(self) -> PromptSource | None:
+        """Where the token prompts come from."""
+        return self.tokens if self.pools is None else self.pools
+
+    @torch.no_grad()
+    def plain_features(self, images: Tensor) -> Tensor:
+        """Return what the head would read of the backbone without any prompt or adapter, `[B, C]`.
+
+        Args:
+            images: float `[B, channels, height, width]`.
+        """
+        backbone = self.backbone
+        blocks.check_images(backbone, images)
+        x, ropes = blocks.embed_images(backbone, images)
+        patches = slice(backbone.num_prefix_tokens, x.shape[1])
+        settings = BlockSettings(patches=patches, impl=self.impl, savings=self.savings)
+        rows = blocks.rows_read_by_head(backbone) if self.savings.last_block_head_rows else None
+        for index, (block, rope) in enumerate(zip(backbone.blocks, ropes, strict=True)):
+            last = index + 1 == len(ropes)
+            x = run_block(block, x, settings, rope=rope, rows=rows if last else None)
+        return backbone.forward_head(backbone.norm(x), pre_logits=True)
+
+    def clusters(self, images: Tensor) -> Tensor:
+        """Return the cluster of each image, int64 `[B]`: the nearest prototype to its plain
+        feature.
+
+        Raises:
+            ValueError: the model has no clusters.
+            RuntimeError: they are not fitted yet.
+        """
+        prompt = require_clusters(self.input_prompt)
+        return prompt.assign(self.plain_features(images))
+
+    def fit_clusters(self, images: Tensor | Iterable[Tensor]) -> int:
+        """Cluster training images and give each cluster a frame.
+
+        Where the number of clusters changes, so do the parameters: create the optimiser afterwards.
+
+        Args:
+            images: `[n, channels, height, width]`, or batches of them; `num_images` of the
+                configuration at most are read.
+
+        Returns:
+            The number of clusters.
+
+        Raises:
+            ValueError: the model has no clusters, there are too few images, or they make fewer than
+                two clusters.
+
+        Source:
+            DAM-VP (CVPR 2023): the first 1000 augmented, shuffled training images.
+        """
+        prompt = require_clusters(self.input_prompt)
+        limit = prompt.config.num_images
+        found: list[Tensor] = []
+        count = 0
+        for batch in images.split(64) if isinstance(images, Tensor) else images:
+            found.append(self.plain_features(batch[: limit - count]).float())
+            count += len(found[-1])
+            if count == limit:
+                break
+        features = torch.cat(found) if found else torch.zeros(0, self.backbone.embed_dim)
+        prompt.fit(features)
+        return prompt.num_frames
+
+    @torch.no_grad()
+    def count_sources(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Count how often images of a class are taken for a source class, for `mapping.fit`.
+
+        Args:
+            images: `[B, channels, height, width]`, prompted as the model does now.
+            labels: int64 `[B]`.
+
+        Returns:
+            int64 `[S, C]`.
+        """
+        mapping = self.mapping
+        got, remedy = "a model without output mapping", "wrap with input_prompt=AutoVPConfig(...)"
+        require(mapping is not None, "mapping", got, "one that maps source classes", remedy)
+        guesses = self.source_logits(images).argmax(1)
+        places = guesses * mapping.num_classes + labels
+        counts = torch.bincount(places, minlength=mapping.num_sources * mapping.num_classes)
+        return counts.view(mapping.num_sources, mapping.num_classes)
+
+    def source_logits(self, images: Tensor) -> Tensor:
+        """Return the logits of the model's own head, before any mapping, `[B, S]`."""
+        raise NotImplementedError
 
     def _run_blocks(
         self, images: Tensor, head_rows: int | None
@@ -107,8 +188,7 @@ class Passes(Fitting):
     def _prompt_images(self, images: Tensor) -> Tensor:
         """Do to the images what is done to them before anything else."""
         if self.input_prompt is not None:
-            clustered = isinstance(self.input_prompt, ClusterFramePrompt)
-            index = (self.clusters(images),) if clustered else ()
+            index = (self.clusters(images),) if self.input_prompt.clustered else ()
             images = self.input_prompt(images, *index)
         return self.image_prompt(images)
 
@@ -140,30 +220,33 @@ class Passes(Fitting):
         rows: int | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Match, add noise and run one block; return its tokens, match distance and gate."""
-        config = self.config
-        noise = config.token_noise if isinstance(config, TCPAConfig) and self.training else 0.0
+        source = self.prompt_source
+        noise = 0.0 if source is None else source.noise
         # Noise comes between matching and norm.
         norm = None if noise > 0 else blocks.frozen_layer_norm(self.backbone.blocks[index])
-        gate, distance, normed = self._match(index, x, norm)
+        gate, distance, normed = Match()
+        if source is not None:
+            draw = self.training and self._random_selection
+            gate, distance, normed = source.match(index, x, norm, draw=draw, impl=self.impl)
         if noise > 0:
             x = x + noise * torch.randn_like(x)
         capture, patches = self._capture, slice(self.backbone.num_prefix_tokens, num_tokens)
         settings = BlockSettings(
             patches=patches,
-            normalize_over=config.normalize_over if isinstance(config, TCPAConfig) else "all",
+            normalize_over="all" if source is None else source.normalize_over,
             impl=self.impl,
             savings=self.savings,
             recorder=None if capture is None else capture.recorder(index, patches),
         )
-        block, tokens = self.backbone.blocks[index], self.tokens
+        block = self.backbone.blocks[index]
         options: dict[str, Any] = {"rope": rope, "prompts": prompts, "rows": rows}
         if self.adapters is not None:
             options["adapter"] = self.adapters[index]
-        if isinstance(tokens, E2VPTPrompts) and prompts is not None:
-            options["extra_keys"] = tokens.extra_keys()[index]
-        if isinstance(tokens, GatedPrompts):
-            options["query_scale"] = tokens.query_scale(index)
-        if tokens is not None and prompts is not None and not self.savings.prompt_keys_only:
+        if source is not None:
+            extra = None if prompts is None else source.extra_keys()
+            options["extra_keys"] = None if extra is None else extra[index]
+            options["query_scale"] = source.query_scale(index)
+        if self.tokens is not None and prompts is not None and not self.savings.prompt_keys_only:
             return run_block_on_tokens(block, x, settings, **options), distance, gate
         out = run_block(
             block,
@@ -175,53 +258,15 @@ class Passes(Fitting):
             normed=normed,
             **options,
         )
-        if isinstance(tokens, GatedPrompts) and index + 1 < len(self.backbone.blocks):
-            mixed = tokens.mix(index, x[:, num_tokens:], out[:, num_tokens:])
-            out = torch.cat((out[:, :num_tokens], mixed), dim=1)
+        if source is not None and source.shallow:
+            out = source.after_block(index, x, out, num_tokens)
         return out, distance, gate
-
-    def _match(
-        self, index: int, x: Tensor, norm: nn.LayerNorm | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gate `[B or 1, L, W]` of a block's tokens, the match distance, and the tokens
-        after `norm` where that comes with the matching.
-        """
-        config, pools = self.config, self.pools
-        if pools is None or not isinstance(config, TCPAConfig):
-            return None, None, None
-        layout = {
-            "lengths": (config.cls_prompt_length, config.image_prompt_length),
-            "num_prefix_tokens": self.backbone.num_prefix_tokens,
-        }
-        num_pool = (config.cls_pool_size, config.image_pool_size)
-        if config.coordination == "role":
-            gate = role_gate(x.shape[1], num_pool=num_pool, device=x.device, **layout)
-            return gate, None, None
-        gate = None
-        if self.training and self._random_selection:
-            top_k = (config.cls_top_k, config.image_top_k)
-            drawn = {"num_pool": num_pool, "top_k": top_k, "device": x.device}
-            gate = random_gate(x.shape[0], x.shape[1], **drawn, **layout)
-        keys = pools.cls_keys[index], pools.image_keys[index]
-        options = {
-            "cls_top_k": config.cls_top_k,
-            "image_top_k": config.image_top_k,
-            "selection": config.selection,
-            "gate": gate,
-            "impl": self.impl,
-            **layout,
-        }
-        if norm is None:
-            return *match_prompts(x, *keys, **options), None
-        normed, gate, distance = norm_match(x, norm.weight, norm.bias, norm.eps, *keys, **options)
-        return gate, distance, normed
 
     # Prompts of all blocks.
 
     @property
     def _is_shallow(self) -> bool:
-        shallow = isinstance(self.config, VPTConfig) and not self.config.deep
-        return shallow or isinstance(self.tokens, GatedPrompts)
+        return self.prompt_source is not None and self.prompt_source.shallow
 
     def _prepare_prompts(self, batch_size: int) -> tuple[Tensor | None, list[PromptKV] | None]:
         """Return the prompts of all blocks, or instead their keys and values.
@@ -230,7 +275,7 @@ class Passes(Fitting):
             Prompts `[N, P, C]` or `[N, B, P, C]` where the blocks project them; else None.
             Keys and values per block where they are computed outside the blocks; else None.
         """
-        source = self.pools if self.tokens is None else self.tokens
+        source = self.prompt_source
         if source is None:
             return None, None
         outside = self.savings.prompt_kv_once and self.savings.prompt_keys_only
@@ -254,9 +299,9 @@ class Passes(Fitting):
             else:
                 pairs = zip(layers, prompts, strict=True)
                 found = [prompt_keys_values(one, rows, self.value_affine) for one, rows in pairs]
-            if isinstance(source, E2VPTPrompts):
-                both = zip(found, source.extra_keys(), strict=True)
-                found = [kv.with_keys(extra) for kv, extra in both]
+            extra = source.extra_keys()
+            if extra is not None:
+                found = [kv.with_keys(one) for kv, one in zip(found, extra, strict=True)]
             return found
 
         if repeated or compiling:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from .adapter_format import (
     CONFIG_FILE,
     FORMAT,
     FORMAT_VERSION,
-    METHODS,
     WEIGHTS_FILE,
     backbone_dtype,
     backbone_fingerprint,
@@ -29,9 +28,7 @@ from .adapter_format import (
     require_finite,
 )
 from .checks import require
-from .config import PromptConfig
-from .methods.input_config import INPUT_PROMPTS
-from .methods.tuning_config import TUNINGS
+from .methods.base import PromptConfig
 from .model import PromptedViT
 
 
@@ -53,9 +50,11 @@ def save_pretrained(model: PromptedViT, directory: str | os.PathLike[str]) -> No
         got = type(model).__name__
         raise TypeError(f"model: got {got}, expected what tcpa.wrap returns; unwrap it (.module)")
     model.require_backbone()
-    for name, part in (("input_prompt", model.input_prompt), ("mapping", model.mapping)):
-        fitted, expected = getattr(part, "fitted", True), "one that was fitted to training images"
-        require(fitted, f"model: {name}", "one that was not fitted", expected, "train it first")
+    for name, part in model.fitted_parts().items():
+        expected = "one that was fitted to training images"
+        require(
+            part.fitted, f"model: {name}", "one that was not fitted", expected, "train it first"
+        )
     folder = folder_of(directory)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"directory: got the file {folder}, expected a folder; rename one")
@@ -88,8 +87,8 @@ def describe(model: PromptedViT) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "method": method_name(config),
         "config": None if config is None else dataclasses.asdict(config),
-        "input_prompt": _described(model.input_config, INPUT_PROMPTS),
-        "tuning": _described(model.tuning, TUNINGS),
+        "input_prompt": _described(model.input_config),
+        "tuning": _described(model.tuning),
         "num_classes": model.num_classes,
         "backbone": {
             "name": f"{name}.{tag}" if tag else name,
@@ -105,17 +104,12 @@ def describe(model: PromptedViT) -> dict[str, Any]:
 
 def method_name(config: PromptConfig | None) -> str:
     """Return the name under which a configuration is saved: "tcpa", "vpt" or "linear"."""
-    if config is None:
-        return "linear"
-    return next(name for name, cls in METHODS.items() if cls is type(config))
+    return "linear" if config is None else config.name
 
 
-def _described(config: Any, kinds: Mapping[str, type]) -> dict[str, Any] | None:
+def _described(config: Any) -> dict[str, Any] | None:
     """Return name and values of a configuration, as JSON."""
-    if config is None:
-        return None
-    name = next(name for name, cls in kinds.items() if cls is type(config))
-    return {"kind": name, "config": dataclasses.asdict(config)}
+    return None if config is None else {"kind": config.name, "config": dataclasses.asdict(config)}
 
 
 def _replace_files(writers: dict[Path, Callable[[Path], object]]) -> None:

@@ -18,8 +18,7 @@ from rich.table import Table
 import tcpa
 
 from ..cli import require
-from ..methods.input_config import INPUT_PROMPTS
-from ..methods.tuning_config import TUNINGS
+from ..methods import INPUT_PROMPTS, TUNINGS
 from .config import RecipesConfig
 from .data.vtab_tasks import SEEDS, VTAB
 from .registry import METHODS, Method

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import require, require_choice
-from ..config import TCPAConfig
+from ..methods.tcpa import TCPAConfig
 from ..model import PromptedViT
 from ..reference import cosine_similarity, rank_entries, split_gate
 from .common import Pool, batches, evaluating, patch_grid

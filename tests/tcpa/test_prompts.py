@@ -8,15 +8,8 @@ from models import ARCHITECTURES
 from torch.autograd import gradcheck
 
 from tcpa import TCPAConfig, VPTConfig
-from tcpa.prompts import (
-    ConvImagePrompt,
-    PromptPools,
-    SimAM,
-    TokenPrompts,
-    ValueAffine,
-    fourier_transform,
-    make_image_prompt,
-)
+from tcpa.methods.tcpa import ConvImagePrompt, PromptPools, SimAM, ValueAffine
+from tcpa.methods.vpt import VPTPrompts, fourier_transform
 
 F64 = torch.float64
 BACKBONE = ARCHITECTURES["vit-tiny"].create()
@@ -64,7 +57,7 @@ def test_pools_give_cls_rows_first_and_transform_jointly_or_per_pool():
 
 
 def test_vfpt_transforms_a_fraction_of_the_tokens():
-    tokens = TokenPrompts(VPTConfig(length=5, fourier_fraction=0.5), BACKBONE)
+    tokens = VPTPrompts(VPTConfig(length=5, fourier_fraction=0.5), BACKBONE)
     out = tokens(3)
     expected = torch.fft.fft2(tokens.prompts[:, :2]).real
     torch.testing.assert_close(out[:, :2], expected)
@@ -72,8 +65,8 @@ def test_vfpt_transforms_a_fraction_of_the_tokens():
 
 
 def test_vpt_shallow_has_one_set_of_prompts():
-    assert TokenPrompts(VPTConfig(length=5, deep=False), BACKBONE).prompts.shape == (1, 5, 192)
-    assert TokenPrompts(VPTConfig(length=5), BACKBONE).prompts.shape == (2, 5, 192)
+    assert VPTPrompts(VPTConfig(length=5, deep=False), BACKBONE).prompts.shape == (1, 5, 192)
+    assert VPTPrompts(VPTConfig(length=5), BACKBONE).prompts.shape == (2, 5, 192)
 
 
 def test_value_affine_scales_and_shifts_every_row():
@@ -101,6 +94,6 @@ def test_image_prompt_is_a_residual_of_6547_parameters():
     torch.nn.init.zeros_(prompt.contract.bias)
     images = torch.randn(2, 3, 20, 24)
     assert torch.equal(prompt(images), images)
-    both = make_image_prompt(TCPAConfig(simam=True, image_prompt=True), 3)
-    assert [type(layer) for layer in both] == [SimAM, ConvImagePrompt]
-    assert len(make_image_prompt(None, 3)) == 0
+    both = TCPAConfig(simam=True, image_prompt=True).build(BACKBONE)["image_prompt"]
+    assert [type(layer) for layer in both.children()] == [SimAM, ConvImagePrompt]
+    assert not list(TCPAConfig().build(BACKBONE)["image_prompt"].children())

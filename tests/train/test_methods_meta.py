@@ -9,7 +9,7 @@ from train_runs import CLASSES, MemorySource, make_config, make_splits
 
 import tcpa
 from tcpa.cli import UsageError
-from tcpa.methods.input_prompts import STRIPS
+from tcpa.methods.vp import STRIPS
 from tcpa.train.engine.distributed import World
 from tcpa.train.engine.meta_prompt import (
     MetaTraining,

@@ -15,7 +15,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 import tcpa
-from tcpa.methods.input_prompts import STRIPS, ClusterFramePrompt
+from tcpa.methods.dam_vp import ClusterFramePrompt
+from tcpa.methods.vp import STRIPS
 
 from ...cli import UsageError
 from ..files import write_whole

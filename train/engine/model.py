@@ -1,14 +1,12 @@
 """The model of a run: backbone, prompts and head from the settings."""
 
 import copy
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 
 import tcpa
 from tcpa.blocks import classifier_layers
-from tcpa.methods.tuning_config import TRAINS_BACKBONE
 
 from ...cli import UsageError
 from ..backbones import BackboneRecord, load_backbone
@@ -48,15 +46,17 @@ def build_model(config: RunConfig, settings: Recipe, world: World, num_classes: 
         UsageError: the backbone cannot be had, is not covered, or an option does not fit.
     """
     tuning = settings.tuning
-    trains_weights = isinstance(tuning, TRAINS_BACKBONE)
+    trains_weights = tuning.trains_backbone
     numerics = choose_numerics(config.precision, world.device, trains_weights=trains_weights)
-    if isinstance(tuning, tcpa.SideTuning) and config.weights == "none":
-        tuning = dataclasses.replace(tuning, pretrained=False)
-    if config.compile and isinstance(settings.input_prompt, tcpa.LIONConfig):
-        raise UsageError(
-            f"--compile: got it with --method {settings.method}, expected a method without "
-            "equilibrium layers, whose gradient no compiler follows; leave --compile out"
-        )
+    if config.weights == "none":
+        tuning = tuning.without_download()
+    for choice in (settings.prompts, settings.input_prompt, tuning):
+        reason = choice.why_not_compiled() if config.compile and choice is not None else None
+        if reason is not None:
+            raise UsageError(
+                f"--compile: got it with --method {settings.method}, expected a method without "
+                f"{reason}; leave --compile out"
+            )
     if config.cuda_graph:
         require_graph(numerics, world)
     # Random weights and the initial values of what is trained come from the seed.

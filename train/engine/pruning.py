@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tcpa
-from tcpa.methods.kv_prompts import E2VPTPrompts
+from tcpa.methods.e2vpt import E2VPTPrompts
 
 from .distributed import World
 from .inputs import Source

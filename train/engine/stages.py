@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tcpa
-from tcpa.methods.kv_prompts import E2VPTPrompts
+from tcpa.methods.e2vpt import E2VPTPrompts
 
 from ...cli import UsageError
 from ..config import RunConfig

@@ -1,4 +1,6 @@
-"""Equilibrium layers: a state that a contraction maps to itself, with its exact gradient (LION).
+"""LION: equilibrium layers that prompt the image and the feature, with their exact gradient.
+
+An equilibrium is a state that a contraction maps to itself:
 
     z = tanh(W z + injection),   |W| bounded so that a step brings two states together
 
@@ -8,16 +10,78 @@ changes at most as fast as its argument. The layers themselves are our choice; s
 Axes: B batch, C width, h hidden channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .input_config import LIONConfig
+from .. import blocks
+from ..checks import require, require_int, require_number
+from .base import Choices, InputConfig, InputPrompt, Modules, require_one_head
 
 GRID = 8
 """Side of the averaged image that the prompt of the feature is made from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LIONConfig(InputConfig):
+    """LION (AAAI 2024): an equilibrium layer that prompts the image, and one that prompts the
+    feature before the head.
+
+    Unverified: no code is public and the paper's equations were not at hand; what is built is what
+    its abstract says, with layers of our choice (see `equilibrium`).
+    """
+
+    name: ClassVar[str] = "lion"
+
+    hidden: int = 64
+    """Channels of the equilibrium of the feature."""
+
+    kernel_size: int = 3
+    """Side of the convolutions of the equilibrium of the image, pixels, odd."""
+
+    contraction: float = 0.5
+    """Largest factor by which a step of the iteration brings two states together; the equilibrium
+    then exists and is unique."""
+
+    iterations: int = 24
+    """Steps to the equilibrium, and as many for its gradient: the error is below contraction **
+    iterations."""
+
+    critical_share: float = 1.0
+    """Share of the values of each prompt parameter that training updates, those with the largest
+    |value * gradient| in a step; the others are only decayed. 1: all of them."""
+
+    def __post_init__(self) -> None:
+        require_int("hidden", self.hidden, 1)
+        require_int("kernel_size", self.kernel_size, 1)
+        require(self.kernel_size % 2 == 1, "kernel_size", self.kernel_size, "odd", "add 1")
+        require_number("contraction", self.contraction, 0.0, 1.0)
+        require_int("iterations", self.iterations, 1)
+        require_number("critical_share", self.critical_share, 0.0)
+        top = self.critical_share <= 1
+        require(top, "critical_share", self.critical_share, "a share from 0 to 1", "lower it")
+
+    def why_not_compiled(self) -> str | None:
+        return "equilibrium layers, whose gradient no compiler follows"
+
+    def validate(self, backbone: Any, choices: Choices) -> None:
+        require_one_head(backbone, "tuning", "one feature to blend", "use one with one head")
+
+    def build(
+        self,
+        backbone: Any,
+        normalization: tuple[Sequence[float], Sequence[float]],
+        num_classes: int | None,
+    ) -> Modules:
+        channels, width = blocks.input_channels(backbone), backbone.embed_dim
+        return {
+            "input_prompt": EquilibriumImagePrompt(self, channels),
+            "feature_prompt": EquilibriumFeaturePrompt(self, channels, width),
+        }
 
 
 def equilibrium(step: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> Tensor:
@@ -61,7 +125,7 @@ def contracted(weight: Tensor, contraction: float) -> Tensor:
     return weight * (contraction / sums.clamp_min(contraction))
 
 
-class EquilibriumImagePrompt(nn.Module):
+class EquilibriumImagePrompt(InputPrompt):
     """Add to the image the equilibrium of two convolutions of image and state; nothing at first."""
 
     def __init__(self, config: LIONConfig, channels: int) -> None:
@@ -76,7 +140,8 @@ class EquilibriumImagePrompt(nn.Module):
         """Start from no prompt."""
         self.state.reset_parameters()
         nn.init.zeros_(self.inject.weight)
-        nn.init.zeros_(self.inject.bias) if self.inject.bias is not None else None
+        if self.inject.bias is not None:
+            nn.init.zeros_(self.inject.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images `[B, 3, H, W]`."""

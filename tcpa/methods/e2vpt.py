@@ -1,23 +1,68 @@
-"""Token prompts of E2VPT and gated prompts.
+"""E2VPT: prompt tokens that can be pruned, and prompts that are keys and values.
 
 Axes: N blocks, B batch, P prompt tokens of a block, H heads, D head dim, C width.
 """
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import require
-from ..prompts import drop_elements, init_tokens
-from .token_config import E2VPTConfig, GatedPromptConfig
-
-TEMPERATURES = (0.01, 10.0)
-"""Range of the gated prompts' temperatures."""
+from ..checks import require, require_int, require_number
+from .base import Choices, Modules, PromptConfig, PromptSource
+from .vpt import drop_elements, init_tokens
 
 
-class E2VPTPrompts(nn.Module):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class E2VPTConfig(PromptConfig):
+    """Prompt tokens in front of every block, and prompts that are keys and values (ICCV 2023).
+
+    Tokens, and segments of tokens, can be pruned; see `PromptedViT.prune_prompts`.
+    """
+
+    name: ClassVar[str] = "e2vpt"
+
+    length: int = 5
+    """Prompt tokens of a block (T)."""
+
+    kv_length: int = 5
+    """Key-value prompts of a block (t): `[H, D]` each, used as key and as value after the
+    projection."""
+
+    segments: int = 16
+    """Equal parts of a token that pruning can zero; the width must be a multiple of it."""
+
+    dropout: float = 0.1
+    """Probability with which training zeroes an element of a token, per sample."""
+
+    def __post_init__(self) -> None:
+        for name in ("length", "kv_length", "segments"):
+            require_int(name, getattr(self, name), 1)
+        require_number("dropout", self.dropout, 0.0, 1.0)
+
+    @property
+    def num_prompts(self) -> int:
+        """P, the prompt rows of one block: tokens and key-value prompts."""
+        return self.length + self.kv_length
+
+    def describe(self) -> str:
+        return f"{self.length} a block, {self.kv_length} as keys and values"
+
+    def resized(self, rows: int) -> Self:
+        return self.replace(length=rows // 2, kv_length=rows // 2, dropout=0.0)
+
+    def validate(self, backbone: Any, choices: Choices) -> None:
+        width, remedy = backbone.embed_dim, "change the number of segments"
+        divides = width % self.segments == 0
+        require(divides, "segments", self.segments, f"a divisor of the width {width}", remedy)
+
+    def build(self, backbone: Any) -> Modules:
+        return {"tokens": E2VPTPrompts(self, backbone)}
+
+
+class E2VPTPrompts(PromptSource):
     """Prompt tokens of every block, under masks, and prompts that are keys and values.
 
     Tokens start from VPT's U(-v, v), key-value prompts from a Kaiming-uniform distribution.
@@ -27,6 +72,8 @@ class E2VPTPrompts(nn.Module):
         segment_mask: `[P, segments]`, 1 or 0: parts of tokens that are left.
     """
 
+    prunes = True
+
     token_mask: Tensor
     segment_mask: Tensor
 
@@ -35,9 +82,6 @@ class E2VPTPrompts(nn.Module):
         self.config = config
         self.patch_area = math.prod(backbone.patch_embed.patch_size)
         depth, width, attn = len(backbone.blocks), backbone.embed_dim, backbone.blocks[0].attn
-        divides = width % config.segments == 0
-        remedy = "change the number of segments"
-        require(divides, "segments", config.segments, f"a divisor of the width {width}", remedy)
         self.prompts = nn.Parameter(torch.empty(depth, config.length, width))
         shape = (depth, attn.num_heads, config.kv_length, attn.head_dim)
         self.key_values = nn.Parameter(torch.empty(shape))
@@ -92,38 +136,3 @@ class E2VPTPrompts(nn.Module):
         count = min(round(segments * parts), parts - 1)
         lowest = segment_importance.argsort(dim=1, stable=True)[:, :count]
         self.segment_mask.fill_(1).scatter_(1, lowest, 0.0)
-
-
-class GatedPrompts(nn.Module):
-    """Prompt tokens of the first block, a gate after every block but the last, a temperature for
-    every block's attention."""
-
-    def __init__(self, config: GatedPromptConfig, backbone: Any) -> None:
-        super().__init__()
-        self.config = config
-        self.patch_area = math.prod(backbone.patch_embed.patch_size)
-        depth = len(backbone.blocks)
-        self.prompts = nn.Parameter(torch.empty(1, config.length, backbone.embed_dim))
-        self.gates = nn.Parameter(torch.empty(depth - 1))
-        self.temperatures = nn.Parameter(torch.empty(depth))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the prompts from VPT's U(-v, v); gates nearly shut, temperatures 1."""
-        init_tokens(self.prompts, self.patch_area)
-        nn.init.constant_(self.gates, -self.config.gate_init)
-        nn.init.ones_(self.temperatures)
-
-    def forward(self, batch_size: int) -> Tensor:
-        """Return the prompts of the first block, `[1, P, C]` or, per sample, `[1, B, P, C]`."""
-        dropout, training = self.config.dropout, self.training
-        return drop_elements(self.prompts, dropout, batch_size, training, shared=False)
-
-    def query_scale(self, index: int) -> Tensor:
-        """Return what a block's queries are multiplied by, a scalar: 1 / temperature."""
-        return 1 / self.temperatures[index].clamp(*TEMPERATURES)
-
-    def mix(self, index: int, before: Tensor, after: Tensor) -> Tensor:
-        """Mix the prompts `[B, P, C]` before and after a block."""
-        gate = torch.sigmoid(self.gates[index]).to(after.dtype)
-        return gate * after + (1 - gate) * before

@@ -1,0 +1,359 @@
+"""What a method says of itself, so that nothing outside this folder asks which one it is.
+
+A model is put together from three choices: token prompts (`PromptConfig`), what is done to the
+image (`InputConfig`), what else is trained (`TuningConfig`). A method is one file here: a frozen
+dataclass derived from one of the three, with a `name`, whose `build` makes its modules. The names
+are found by importing the folder; no list is edited.
+
+Modules are attributes of the model, and parts of the names of saved values: `pools` or `tokens` (a
+`PromptSource`), `value_affine`, `image_prompt`, `input_prompt` (an `InputPrompt`),
+`feature_prompt`, `mapping`, `adapters`, `side`.
+
+Axes: B batch, L tokens, P prompt rows of a block, C width, N blocks, H heads, D head dim.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from .. import blocks
+from ..checks import require
+from ..dispatch import Impl
+from ..reference import NormalizeOver
+
+Modules = dict[str, nn.Module]
+"""Modules by their name in the model, made in this order."""
+
+
+class MethodConfig:
+    """A choice: settings, and everything that others have to know of them."""
+
+    __slots__ = ()
+
+    name: ClassVar[str]
+    """Under which it is saved, and asked for on the command line."""
+
+    kinds: ClassVar[dict[str, type[Any]]]
+    """All choices of this kind by name."""
+
+    def __init_subclass__(cls) -> None:
+        if "name" in cls.__dict__:
+            cls.kinds[cls.name] = cls
+
+    def has(self, *settings: str) -> bool:
+        """Whether it has all these settings; the command line asks before it replaces them."""
+        known = {field.name for field in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
+        return known.issuperset(settings)
+
+    def replace(self, **changes: Any) -> Self:
+        """Return it with other settings, checked again."""
+        return dataclasses.replace(self, **changes)  # pyright: ignore[reportType]
+
+    def validate(self, backbone: Any, choices: "Choices") -> None:
+        """Raise ValueError, with the reason, for what makes no sense with it; `wrap` calls this."""
+
+    def describe(self) -> str:
+        """Say it in a few words, for `tcpa-train methods`."""
+        return self.name
+
+    def why_not_compiled(self) -> str | None:
+        """Return what torch.compile cannot follow, for `--compile`; None where it can."""
+        return None
+
+
+class PromptConfig(MethodConfig):
+    """Token prompts."""
+
+    __slots__ = ()
+    kinds: ClassVar[dict[str, type["PromptConfig"]]] = {}
+
+    match_weight: float = 0.0
+    """Weight of the match distance in the loss; the optimizer step reads it."""
+
+    dropout_setting: ClassVar[str] = "dropout"
+    """Which setting `--prompt-dropout` replaces."""
+
+    @property
+    def num_prompts(self) -> int:
+        """P, the prompt rows of one block."""
+        raise NotImplementedError
+
+    @property
+    def random_epochs(self) -> int:
+        """First epochs of training that select at random; `PromptedViT.set_epoch` reads it."""
+        return 0
+
+    @property
+    def finds_unused_parameters(self) -> bool:
+        """Whether some parameters get no gradient, which DistributedDataParallel must know."""
+        return False
+
+    def on_image(self) -> str | None:
+        """Say what it does to the image besides, for `tcpa-train methods`."""
+        return None
+
+    def fit_to(self, backbone: Any) -> Self:
+        """Return it without what a backbone cannot use; `wrap` builds the result."""
+        return self
+
+    def resized(self, rows: int) -> Self:
+        """Return it with so many prompt rows a block and without dropout, for the demo."""
+        return self.replace(length=rows, dropout=0.0)
+
+    def build(self, backbone: Any) -> Modules:
+        """Make the modules, among them one `PromptSource`."""
+        raise NotImplementedError
+
+
+class InputConfig(MethodConfig):
+    """What is done to the image before anything else."""
+
+    __slots__ = ()
+    kinds: ClassVar[dict[str, type["InputConfig"]]] = {}
+
+    critical_share: float = 1.0
+    """Share of the values of each of its parameters that a step updates; see `LIONConfig`."""
+
+    forward_passes: ClassVar[int] = 1
+    """Passes through the backbone that an image takes, for the cost model."""
+
+    @property
+    def maps_logits(self) -> bool:
+        """Whether the backbone keeps its own head, whose logits are mapped to classes."""
+        return False
+
+    def fits_before(self, epoch: int) -> Literal["clusters", "mapping"] | None:
+        """Return what is found in the training images before an epoch, from 0."""
+        return None
+
+    def border(self, side: int) -> int:
+        """Return how many pixels of a channel of a square image it replaces or adds to."""
+        return 0
+
+    def border_values(self, side: int, channels: int) -> int:
+        """Return how many of its parameters are pixels of a square image."""
+        return channels * self.border(side)
+
+    def build(
+        self,
+        backbone: Any,
+        normalization: tuple[Sequence[float], Sequence[float]],
+        num_classes: int | None,
+    ) -> Modules:
+        """Make the modules, among them one `InputPrompt`."""
+        raise NotImplementedError
+
+
+class TuningConfig(MethodConfig):
+    """What is trained besides prompts: the head always."""
+
+    __slots__ = ()
+    kinds: ClassVar[dict[str, type["TuningConfig"]]] = {}
+
+    trains_backbone: ClassVar[bool] = False
+    """Whether parameters of the backbone are trained, which then have to be kept in float32."""
+
+    @property
+    def plain_head(self) -> bool:
+        """Whether the head is timm's, as torch initialises it."""
+        raise NotImplementedError
+
+    @property
+    def needs_own_head(self) -> bool:
+        """Whether a head that the backbone brings has to be replaced."""
+        raise NotImplementedError
+
+    def make_head(self, linear: nn.Module) -> nn.Module:
+        """Return the head around the fresh last layer of timm: `nn.Linear`, or `nn.Identity`."""
+        raise NotImplementedError
+
+    def build(self, backbone: Any) -> Modules:
+        """Make the modules beside the backbone."""
+        return {}
+
+    def load_pretrained(self, model: Any) -> None:
+        """Put pretrained values into modules of a model; RuntimeError where there are none."""
+
+    def without_download(self) -> Self:
+        """Return it with random values in place of pretrained ones."""
+        return self
+
+    def scaled_to(self, width: int, reference: int) -> Self:
+        """Return it for a backbone of a width, from sizes stated for another, for the demo."""
+        return self
+
+    def backbone_parameters(self, backbone: Any) -> dict[str, nn.Parameter]:
+        """Return the trainable parameters of the backbone, the head's apart, by name."""
+        return {}
+
+    def dropout_layers(self, backbone: Any) -> list[nn.Dropout]:
+        """Return the dropout layers of the backbone that training switches on, rates set."""
+        return []
+
+
+class Choices(NamedTuple):
+    """The three choices of a model, and the number of classes asked for."""
+
+    prompts: PromptConfig | None
+    input_prompt: InputConfig | None
+    tuning: TuningConfig
+    num_classes: int | None
+
+    def validate(self, backbone: Any) -> None:
+        """Refuse what cannot work together.
+
+        Raises:
+            TypeError: a choice is of the wrong type.
+            ValueError: choices, or a choice and the backbone, make no sense; the message says why.
+        """
+        names = ("config", "input_prompt", "tuning")
+        bases = (PromptConfig, InputConfig, TuningConfig)
+        for name, base, choice in zip(names, bases, self, strict=False):
+            if choice is not None and not isinstance(choice, base):
+                got = type(choice).__name__
+                expected = ", ".join(kind.__name__ for kind in base.kinds.values())
+                raise TypeError(f"{name}: got {got}, expected {expected} or None; create one")
+        if self.tuning.trains_backbone:
+            dtype = blocks.input_weight(backbone).dtype
+            exact, remedy = dtype.itemsize >= 4, "convert it with .float() and train under autocast"
+            got = f"a backbone in {dtype} under {type(self.tuning).__name__}"
+            require(exact, "tuning", got, "float32: it trains weights of the backbone", remedy)
+        for choice in (self.tuning, self.input_prompt, self.prompts):
+            if choice is not None:
+                choice.validate(backbone, self)
+
+    def build(
+        self, backbone: Any, normalization: tuple[Sequence[float], Sequence[float]]
+    ) -> dict[str, nn.Module | None]:
+        """Return all modules by their name in the model, None where there is none, on the device of
+        the backbone and in float32 at least."""
+        made: Modules = {}
+        if self.prompts is not None:
+            made |= self.prompts.build(backbone)
+        if self.input_prompt is not None:
+            made |= self.input_prompt.build(backbone, normalization, self.num_classes)
+        made |= self.tuning.build(backbone)
+        weight = blocks.input_weight(backbone)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        for module in made.values():
+            module.to(device=weight.device, dtype=dtype)
+        made.setdefault("image_prompt", nn.Sequential())
+        return {name: made.get(name) for name in MODULES}
+
+
+MODULES = (
+    "pools",
+    "tokens",
+    "value_affine",
+    "input_prompt",
+    "feature_prompt",
+    "adapters",
+    "side",
+    "image_prompt",
+    "mapping",
+)
+"""Names of modules in the order in which a model holds them."""
+
+
+class Match(NamedTuple):
+    """What the tokens of a block select."""
+
+    gate: Tensor | None = None
+    """int32 `[B or 1, L, W]`; None lets every token see every prompt."""
+    distance: Tensor | None = None
+    """Scalar."""
+    normed: Tensor | None = None
+    """The tokens after the block's first norm, where that comes with the matching."""
+
+
+class PromptSource(nn.Module):
+    """Where the prompts of all blocks come from, and what else happens around a block."""
+
+    shallow = False
+    """Whether prompts enter before the first block alone and pass through as tokens do."""
+
+    prunes = False
+    """Whether it has masks, and `prune`, as E2VPT has."""
+
+    selects = False
+    """Whether tokens select their prompts."""
+
+    normalize_over: NormalizeOver = "all"
+
+    @property
+    def num_pruned(self) -> int:
+        """Number of values that pruning has taken out."""
+        return 0
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of what is added to the tokens between matching and norm."""
+        return 0.0
+
+    def forward(self, batch_size: int) -> Tensor:
+        """Return the prompts of all blocks (of the first, if shallow), `[N, P, C]` shared by the
+        batch or `[N, B, P, C]`."""
+        raise NotImplementedError
+
+    def match(
+        self, index: int, x: Tensor, norm: nn.LayerNorm | None, *, draw: bool, impl: Impl
+    ) -> Match:
+        """Let the tokens `[B, L, C]` of a block select.
+
+        Args:
+            index: number of the block.
+            x: the tokens.
+            norm: the block's first norm, if it may be computed along.
+            draw: select at random.
+            impl: as in `match_prompts`.
+        """
+        return Match()
+
+    def extra_keys(self) -> Tensor | None:
+        """Return prompts that are their own keys and values, `[N, P, H, D]`."""
+        return None
+
+    def query_scale(self, index: int) -> Tensor | None:
+        """Return what a block's queries are multiplied by, a scalar."""
+        return None
+
+    def after_block(self, index: int, before: Tensor, after: Tensor, num_tokens: int) -> Tensor:
+        """Return what follows a block, from its input and output `[B, L + P, C]`, if shallow."""
+        return after
+
+
+class Fitted(nn.Module):
+    """A module some of whose values are found in training images, outside of gradient steps."""
+
+    fitted = True
+
+    def resize_for(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        """Make room for saved values, named with a prefix, whose number may differ."""
+
+    def find_fitted(self) -> None:
+        """See whether the values are there, after they were replaced."""
+
+
+class InputPrompt(Fitted):
+    """What is done to the normalised images `[B, 3, height, width]`, `forward(images)`."""
+
+    clustered = False
+    """Whether an image's prompt follows from its plain feature: `fit(features)`, then
+    `assign(features)` and `forward(images, index)`."""
+
+
+def require_clusters(prompt: InputPrompt | None) -> Any:
+    """Return a prompt on the image that has clusters; a ValueError says what else came."""
+    fits, got = prompt is not None and prompt.clustered, type(prompt).__name__
+    remedy = "wrap with input_prompt=DAMVPConfig()"
+    require(fits, "input_prompt", got, "the frames of DAM-VP", remedy)
+    return prompt
+
+
+def require_one_head(backbone: Any, name: str, expected: str, remedy: str) -> None:
+    """Refuse a backbone with two heads."""
+    heads = len(blocks.classifier_layers(backbone))
+    require(heads == 1, name, f"a backbone with {heads} heads", expected, remedy)
