@@ -10,7 +10,7 @@ from tcpa.train.jobs.sweep import jobs_of
 from tcpa.train.jobs.sweep_names import plan
 from tcpa.train.registry import METHODS
 from tcpa.train.report.paper import ROWS, table
-from tcpa.train.report.paper_vtab import table2
+from tcpa.train.report.paper import table2
 
 
 def test_table1_is_every_row_on_every_dataset() -> None:

@@ -20,9 +20,9 @@ from tcpa.train.__main__ import main
 from tcpa.train.config import ReportConfig
 from tcpa.train.report.command import report
 from tcpa.train.report.groups import LABELS, group_runs, names_of, setting_of
-from tcpa.train.report.paper import AVERAGE, ROWS, published, table
+from tcpa.train.report.paper import AVERAGE, ROWS, published, table1
 from tcpa.train.report.runs import read_runs
-from tcpa.train.report.tables import details, overview
+from tcpa.train.report.table1 import details, overview
 from tcpa.train.run import run
 
 
@@ -40,8 +40,8 @@ def edit(path, **changes):
 
 
 def test_the_carried_table_averages_as_it_prints() -> None:
-    assert len(table()) == 20 and set(ROWS.values()) == set(table())
-    for name, row in table().items():
+    assert len(table1()) == 20 and set(ROWS.values()) == set(table1())
+    for name, row in table1().items():
         cells = [row[label] for label in LABELS]
         if name == "LION":
             assert cells.count("") == 6 and row[AVERAGE] == ""
@@ -51,12 +51,12 @@ def test_the_carried_table_averages_as_it_prints() -> None:
     assert published("vfpt+tcpa", "folder") is None and published("prompting", "CUB") is None
 
 
-def test_the_faults_named_are_those_of_the_table() -> None:
+def test_the_faults_named_are_those_of_the_table1() -> None:
     """Printed differences against those of the printed accuracies."""
     wrong = {}
-    for name, row in table().items():
+    for name, row in table1().items():
         if name.endswith("+TCPA"):
-            base = table()[name.removesuffix("+TCPA")]
+            base = table1()[name.removesuffix("+TCPA")]
             for label in LABELS:
                 real = float(row[label]) - float(base[label])
                 if abs(real - float(row[f"delta_printed_{label}"])) > 0.051:

@@ -13,9 +13,9 @@ from written_runs import write_run
 from tcpa.train.__main__ import main
 from tcpa.train.data.vtab_tasks import GROUPS, SEEDS, TASKS
 from tcpa.train.report.groups import group_runs, names_of
-from tcpa.train.report.paper_vtab import VPT_ROWS, published_mean, table2, vpt_value
+from tcpa.train.report.paper import VPT_ROWS, published_mean, table2, vpt_value
 from tcpa.train.report.runs import read_runs
-from tcpa.train.report.vtab import (
+from tcpa.train.report.table2 import (
     details_vtab,
     means_of,
     overview_vtab,

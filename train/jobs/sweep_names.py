@@ -11,7 +11,7 @@ from ..data.vtab_tasks import ALL_TASKS, GROUPS, SEEDS, TASKS
 from ..recipes import PUBLISHED_METHOD
 from ..registry import METHODS
 from ..report.paper import ROWS, table
-from ..report.paper_vtab import table2
+from ..report.paper import table2
 
 SETS: dict[str, Sequence[str]] = {
     "hta": tcpa.HTA_DATASETS,

@@ -1,235 +1,136 @@
-"""The report as one HTML page and as Markdown: no script, nothing from the network."""
+"""One self-contained HTML page: light and dark, narrow screens, nothing from the network."""
 
-import datetime
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from .groups import Group, Setting
-from .paper import FAULTS, UNPUBLISHED
-from .paper_vtab import NOTES
-from .runs import Problem
-from .tables import (
-    NONE,
-    Table,
-    details,
-    overview,
-    problems_table,
-    settings_table,
-    times,
-    to_markdown,
-    whole_paper,
-)
-from .vtab import details_vtab, is_vtab, overview_vtab, whole_table2
+from .tables import NONE, TextTable
 
 if TYPE_CHECKING:
-    from .figures import Curves
+    from tcpa.inspect.style import Drawing
 
 CSS = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1b1b1f; --soft: #5c5c66;
-  --line: #d9d9e0; --stripe: #f5f5f8; }
+  --line: #d9d9e0; --stripe: #f5f5f8; --worse: #b3261e; --better: #1a7f37; }
 @media (prefers-color-scheme: dark) { :root { --paper: #141418; --ink: #e6e6ea; --soft: #a0a0aa;
-  --line: #3a3a42; --stripe: #1d1d23; } }
+  --line: #3a3a42; --stripe: #1d1d23; --worse: #ff8a80; --better: #6fdd8b; } }
+* { box-sizing: border-box; }
 body { background: var(--paper); color: var(--ink); margin: 0 auto; padding: 1rem;
-  max-width: 72rem; font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-h3 { font-size: 1rem; margin: 1.6rem 0 0.4rem; }
-p, li, summary { max-width: 48rem; } .soft, summary { color: var(--soft); }
-nav a { margin-right: 1rem; } a { color: inherit; }
-.figures { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
-figure { margin: 0; flex: 1 1 20rem; max-width: 30rem; }
-figure svg { width: 100%; height: auto; font-family: system-ui, sans-serif; }
-.wide { overflow-x: auto; margin-bottom: 0.8rem; }
+  max-width: 76rem; font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; margin: 0 0 0.5rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 0.4rem; }
+h3 { font-size: 1rem; margin: 1.6rem 0 0.4rem; } h4 { font-size: 0.95rem; margin: 1.2rem 0 0.2rem; }
+p, li, summary, figcaption { max-width: 52rem; }
+.soft, summary, figcaption { color: var(--soft); font-size: 0.875rem; }
+nav a { margin-right: 1rem; } a { color: inherit; } details { margin-bottom: 1rem; }
+figure { margin: 0.6rem 0; min-width: 0; }
+figure svg, figure img { display: block; max-width: 100%; height: auto;
+  font-family: system-ui, sans-serif; }
+.figures { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
+.figures svg, .figures img { width: 100%; max-width: 34rem; }
+.wide { overflow-x: auto; margin-bottom: 0.8rem; } .wide img { max-width: none; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; padding: 0.3rem 0; }
 th, td { padding: 0.25rem 0.5rem; border-bottom: 1px solid var(--line); text-align: left;
   white-space: nowrap; vertical-align: top; overflow-wrap: normal; }
+th { vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { padding-left: 0.2rem; }
 tbody tr:nth-child(even) { background: var(--stripe); }
+td.long { white-space: normal; min-width: 12rem; } .n { text-align: right; }
 tr.paper td { color: var(--soft); }
+.worse td:first-child { color: var(--worse); } .better td:first-child { color: var(--better); }
 @media (max-width: 30rem) { th, td { padding: 0.25rem 0.35rem; } }
-td.long { white-space: normal; min-width: 12rem; }
-.n { text-align: right; }
 """
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 LONG = 28
 """Letters from which on a cell may be broken over lines."""
 
-INTRODUCTION = (
-    "Top-1 accuracy on the test images, beside the values that the paper prints. The mean is over "
-    "runs that differ in nothing but the seed; the spread is their standard deviation (n - 1), "
-    "delta is our mean minus the printed value."
-)
-PROTOCOLS = (
-    "official: the best test epoch, chosen on the test images as in the official code. val: the "
-    "epoch chosen on validation images, tested once. last: the last epoch."
-)
 
+def page(
+    title: str, intro: str, sections: Mapping[str, str], *, style: str = "", script: str = ""
+) -> str:
+    """Return a page.
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Content:
-    """Everything that a report says."""
-
-    groups: Sequence[Group]
-    names: dict[Setting, str]
-    problems: Sequence[Problem]
-    curves: "Sequence[Curves]"
-
-    @property
-    def of_table1(self) -> bool:
-        """Whether a run is of HTA or of a dataset of the user's own."""
-        return not all(map(is_vtab, self.groups))
-
-    @property
-    def of_table2(self) -> bool:
-        """Whether a run is of VTAB-1k."""
-        return any(map(is_vtab, self.groups))
-
-    @property
-    def details(self) -> list[Table]:
-        """A table a setting, those of VTAB-1k last."""
-        return [*details(self.groups, self.names), *details_vtab(self.groups, self.names)]
-
-    @property
-    def counted(self) -> str:
-        """How many runs are in the means and how many are not."""
-        runs = sum(len(group.runs) for group in self.groups)
-        left = f", {_runs(len(self.problems))} not counted (listed below)" if self.problems else ""
-        return f"{_runs(runs)} counted{left}"
-
-
-def _runs(count: int) -> str:
-    return f"{count} run{'s' * (count != 1)}"
-
-
-def html_page(content: Content) -> str:
-    """Return the page."""
-    sections = {
-        "Table 1": _table1(content),
-        "Table 2": _table2(content),
-        "By setting": "".join(map(_titled, content.details)),
-        "Time": _times(content),
-        "Curves": "".join(map(_curves, content.curves)),
-        "Settings": _table(settings_table(content.names)) if content.names else "",
-        "Not counted": _table(problems_table(content.problems)) if content.problems else "",
-        "The published tables": _notes(),
-    }
-    shown = {title: text for title, text in sections.items() if text}
-    links = "".join(f'<a href="#{_anchor(title)}">{title}</a>' for title in shown)
+    Args:
+        title: as text; the other arguments are HTML.
+        intro: above the links to the sections.
+        sections: by heading; empty ones are left out.
+        style: CSS beyond the common one.
+        script: what the page does, if anything.
+    """
+    shown = {heading: text for heading, text in sections.items() if text}
+    links = "".join(f'<a href="#{_anchor(heading)}">{heading}</a>' for heading in shown)
     body = "".join(
-        f'<h2 id="{_anchor(title)}">{title}</h2>\n{text}\n' for title, text in shown.items()
+        f'<h2 id="{_anchor(heading)}">{heading}</h2>\n{text}\n' for heading, text in shown.items()
     )
+    policy = f"{POLICY}; script-src 'unsafe-inline'" if script else POLICY
+    ending = f"<script>{script}</script>\n" if script else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>tcpa: runs</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
-        f"<h1>tcpa: runs against the published tables</h1>\n<p>{escape(INTRODUCTION)}</p>\n"
-        f'<p class="soft">{escape(content.counted)}; {_today()}.</p>\n<nav>{links}</nav>\n{body}'
-        "</body>\n</html>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        f"<title>{escape(title)}</title>\n<style>{CSS}{style}</style>\n</head>\n<body>\n"
+        f"<h1>{escape(title)}</h1>\n{intro}\n<nav>{links}</nav>\n{body}{ending}</body>\n</html>\n"
     )
 
 
-def markdown(content: Content) -> str:
-    """Return the report in Markdown."""
-    parts = ["# tcpa: runs against the published tables", INTRODUCTION, PROTOCOLS]
-    parts += [f"{content.counted}; {_today()}."]
-    if content.groups:
-        if content.of_table1:
-            parts += ["## Table 1", to_markdown(overview(content.groups, content.names))]
-        if content.of_table2:
-            shown = overview_vtab(content.groups, content.names)
-            parts += ["## Table 2", to_markdown(shown), _list((*shown.notes, *NOTES))]
-        parts += ["## By setting"]
-        for shown in content.details:
-            parts += [f"### {shown.title}", to_markdown(shown), _list(shown.notes)]
-        parts += ["## Time", to_markdown(times(content.groups, content.names))]
-        parts += ["## Settings", to_markdown(settings_table(content.names))]
-    if content.problems:
-        parts += ["## Not counted", to_markdown(problems_table(content.problems))]
-    parts += ["## The published tables", to_markdown(whole_paper()), _list(FAULTS)]
-    parts += [to_markdown(whole_table2())]
-    parts += ["What our setting took from elsewhere:", _list(UNPUBLISHED)]
-    return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
+def _anchor(heading: str) -> str:
+    return heading.lower().replace(" ", "-")
 
 
-def _list(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+def paragraph(text: str, *, soft: bool = False) -> str:
+    """Return a paragraph of text."""
+    kind = ' class="soft"' if soft else ""
+    return f"<p{kind}>{escape(text)}</p>\n"
 
 
-def _today() -> str:
-    return datetime.datetime.now(datetime.UTC).date().isoformat()
-
-
-def _anchor(title: str) -> str:
-    return title.lower().replace(" ", "-")
-
-
-def _table1(content: Content) -> str:
-    if not content.groups:
-        return "<p>No run is finished.</p>"
-    if not content.of_table1:
-        return ""
-    text = _table(overview(content.groups, content.names))
-    return f'{text}<p class="soft">{escape(PROTOCOLS)} Runs: for each dataset.</p>'
-
-
-def _table2(content: Content) -> str:
-    if not content.of_table2:
-        return ""
-    shown = overview_vtab(content.groups, content.names)
-    return f"{_table(shown)}{_items((*shown.notes, *NOTES))}"
-
-
-def _titled(shown: Table) -> str:
-    return f"<h3>{escape(shown.title)}</h3>\n{_table(shown)}{_items(shown.notes)}"
-
-
-def _times(content: Content) -> str:
-    if not content.groups:
-        return ""
-    return _table(times(content.groups, content.names)) + (
-        '<p class="soft">Medians over the epochs of a run, then over the runs on one kind of '
-        "device. A training epoch has no evaluation in it.</p>"
-    )
-
-
-def _curves(curves: "Curves") -> str:
-    figures = "".join(f"<figure>{svg}</figure>" for svg in curves.svgs)
-    return f'<h3>{escape(curves.label)}</h3>\n<div class="figures">{figures}</div>\n'
-
-
-def _notes() -> str:
-    return (
-        f"{_items(FAULTS)}<h3>What our setting took from elsewhere</h3>{_items(UNPUBLISHED)}"
-        "<details><summary>All rows, as printed (percent)</summary>"
-        f"{_table(whole_paper())}{_table(whole_table2())}</details>"
-    )
-
-
-def _items(lines: Sequence[str]) -> str:
+def bullets(lines: Sequence[str]) -> str:
+    """Return a list; "" of nothing."""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return f"<ul>{items}</ul>\n" if items else ""
 
 
-def _table(shown: Table) -> str:
-    head = "".join(_tag("th", cell, i, shown) for i, cell in enumerate(shown.header))
-    lines = "\n".join(
-        f"<tr{_row_class(row)}>{''.join(_tag('td', c, i, shown) for i, c in enumerate(row))}</tr>"
-        for row in shown.rows
-    )
+def folded(summary: str, content: str, *, is_open: bool = False) -> str:
+    """Return content that a reader opens."""
+    opened = " open" * is_open
+    return f"<details{opened}><summary>{escape(summary)}</summary>\n{content}</details>\n"
+
+
+def figure(drawing: "Drawing") -> str:
+    """Return a figure with its caption."""
+    return f"<figure>{drawing.svg}<figcaption>{escape(drawing.caption)}</figcaption></figure>\n"
+
+
+def table(
+    shown: TextTable, *, caption: str = "", row_class: Callable[[list[str]], str] = lambda row: ""
+) -> str:
+    """Return a table, which is scrolled where it is too wide.
+
+    Args:
+        shown: the cells; title and notes are left to the caller.
+        caption: above it.
+        row_class: of the element of a row.
+    """
+
+    def cells(tag: str, row: Iterable[str]) -> str:
+        return "".join(f"<{tag}{kind(i, cell)}>{escape(cell) or NONE}</{tag}>"
+                       for i, cell in enumerate(row))  # fmt: skip
+
+    def kind(column: int, cell: str) -> str:
+        if column >= shown.text_columns:
+            return ' class="n"'
+        return ' class="long"' if len(cell) > LONG else ""
+
+    def line(row: list[str]) -> str:
+        name = row_class(row)
+        opened = f'<tr class="{name}">' if name else "<tr>"
+        return f"{opened}{cells('td', row)}</tr>"
+
+    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    rows = "\n".join(map(line, shown.rows))
     return (
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{lines}\n'
-        "</tbody></table></div>\n"
+        f'<div class="wide"><table>{title}<thead><tr>{cells("th", shown.header)}</tr></thead>\n'
+        f"<tbody>\n{rows}\n</tbody></table></div>\n"
     )
-
-
-def _row_class(row: list[str]) -> str:
-    return ' class="paper"' if row[0].endswith(", paper") else ""
-
-
-def _tag(tag: str, cell: str, column: int, shown: Table) -> str:
-    if column >= shown.text_columns:
-        kind = ' class="n"'
-    else:
-        kind = ' class="long"' if len(cell) > LONG else ""
-    return f"<{tag}{kind}>{escape(cell) or NONE}</{tag}>"

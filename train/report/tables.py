@@ -1,25 +1,23 @@
-"""Tables of a report, as text cells; Markdown and CSV of them."""
+"""A table of texts, and how it is written: Markdown, CSV, the terminal (HTML: `page.table`)."""
 
 import csv
 import io
-import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..data.vtab_tasks import TASKS
-from .groups import COMPLETE, LABELS, Group, Setting, average, by_setting
-from .paper import AVERAGE, ROWS, published, table
-from .runs import Problem
+if TYPE_CHECKING:
+    from rich.table import Table
 
 NONE = "-"
 """Cell without a value."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
+class TextTable:
     """Cells under a heading."""
 
-    title: str
+    title: str = ""
     header: list[str]
     rows: list[list[str]]
     text_columns: int = 1
@@ -27,144 +25,13 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-def details(groups: Sequence[Group], names: dict[Setting, str]) -> list[Table]:
-    """Return a table a setting: every dataset with the paper's value beside ours.
-
-    The tasks of VTAB-1k are left to `vtab.details_vtab`.
-    """
-    others = _without_vtab(groups)
-    return [_detail(found, names[setting]) for setting, found in by_setting(others).items()]
-
-
-def _without_vtab(groups: Iterable[Group]) -> list[Group]:
-    return [group for group in groups if group.label not in TASKS]
-
-
-def _detail(groups: list[Group], name: str) -> Table:
-    setting = groups[0].setting
-    header = ["dataset", "paper, %", "ours, %", "spread", "runs", "delta"]
-    rows = [
-        [
-            group.label,
-            formatted(group.paper, ".1f"),
-            formatted(group.mean, ".2f"),
-            formatted(group.spread, ".2f"),
-            str(len(group.runs)),
-            formatted(group.delta, "+.2f"),
-        ]
-        for group in groups
-    ]
-    mean, paper = average(groups), published(setting.method, AVERAGE)
-    if mean is not None:
-        fair = setting.data == COMPLETE and paper is not None
-        difference = mean - paper if fair and paper is not None else None
-        cells = [formatted(paper, ".1f"), formatted(mean, ".2f"), NONE, NONE]
-        rows.append(["average", *cells, formatted(difference, "+.2f")])
-    notes = notes_of(groups)
-    if setting.data != COMPLETE:
-        notes.insert(0, "Not the published images: the paper's values are no yardstick here.")
-    return Table(title=name, header=header, rows=rows, notes=tuple(notes))
-
-
-def notes_of(groups: Sequence[Group]) -> list[str]:
-    """Return what a reader should know of groups of one setting: remarks, and recipes' notes."""
-    remarks: dict[str, list[str]] = {}
-    for group in groups:
-        for remark in group.remarks:
-            remarks.setdefault(remark, []).append(group.label)
-    notes = [f"{', '.join(dict.fromkeys(labels))}: {text}." for text, labels in remarks.items()]
-    notes += dict.fromkeys(
-        f"{run.recipe['note'][0].upper()}{run.recipe['note'][1:]}."
-        for group in groups
-        for run in group.runs
-        if run.recipe["note"]
-    )
-    return notes
-
-
-def overview(groups: Sequence[Group], names: dict[Setting, str]) -> Table:
-    """Return the layout of the paper, rounded as there: a line for each method, ours below it."""
-    rows, method = [], ""
-    for setting, found in by_setting(_without_vtab(groups)).items():
-        if setting.method != method:
-            method = setting.method
-            if method in ROWS:
-                line = [formatted(published(method, label), ".1f") for label in (*LABELS, AVERAGE)]
-                rows.append([f"{ROWS[method]}, paper", *line, NONE])
-        cells: dict[str, str] = {}
-        for group in found:
-            # Other images or another version's recipe under one name: both are shown.
-            before = f"{cells[group.label]} / " if group.label in cells else ""
-            cells[group.label] = before + _cell(group)
-        if cells.keys() & set(LABELS):
-            line = [cells.get(label, NONE) for label in LABELS]
-            counts = sorted({len(group.runs) for group in found})
-            runs = "-".join(map(str, counts[:: max(len(counts) - 1, 1)]))
-            rows.append([names[setting], *line, formatted(average(found), ".1f"), runs])
-    header = ["method", *LABELS, "average", "runs"]
-    return Table(title="Table 1, top-1 accuracy in percent", header=header, rows=rows)
-
-
-def _cell(group: Group) -> str:
-    if group.spread is None:
-        return f"{group.mean:.1f}"
-    return f"{group.mean:.1f} \N{PLUS-MINUS SIGN} {group.spread:.1f}"
-
-
-def whole_paper() -> Table:
-    """Return the published table as it is printed."""
-    columns = ("venue_label", *LABELS, AVERAGE)
-    rows = [[name, *(row[c] or NONE for c in columns)] for name, row in table().items()]
-    header = ["method", "venue", *LABELS, "average"]
-    return Table(title="The published table", header=header, rows=rows, text_columns=2)
-
-
-def times(groups: Sequence[Group], names: dict[Setting, str]) -> Table:
-    """Return how long an epoch and an evaluation take: medians over runs on one kind of device."""
-    rows = []
-    for group in groups:
-        devices: dict[str, list[dict]] = {}
-        for run in group.runs:
-            if run.result is not None:
-                devices.setdefault(run.devices, []).append(run.result)
-        for device, results in devices.items():
-            values = [
-                statistics.median(result[name] for result in results)
-                for name in (
-                    "seconds_per_epoch",
-                    "seconds_per_evaluation",
-                    "images_per_second",
-                    "pipeline_images_per_second",
-                )
-            ]
-            cells = [f"{values[0]:.3g}", f"{values[1]:.3g}", f"{values[2]:,.0f}",
-                     f"{values[3]:,.0f}", str(len(results))]  # fmt: skip
-            rows.append([names[group.setting], group.label, device, *cells])
-    header = ["setting", "dataset", "device", "training epoch, s", "evaluation, s",
-              "training, images/s", "input alone, images/s", "runs"]  # fmt: skip
-    return Table(title="Time", header=header, rows=rows, text_columns=3)
-
-
-def settings_table(names: dict[Setting, str]) -> Table:
-    """Return what each setting is."""
-    header = [field.name for field in fields(Setting)]
-    rows = [[*list(asdict(setting).values())[:-1], setting.changes or "none"] for setting in names]
-    return Table(title="Settings", header=header, rows=rows, text_columns=len(header))
-
-
-def problems_table(problems: Sequence[Problem]) -> Table:
-    """Return the runs that no mean includes."""
-    rows = [[str(problem.folder), problem.text] for problem in problems]
-    return Table(title="Not counted", header=["folder", "why"], rows=rows, text_columns=2)
-
-
 def formatted(value: float | None, how: str) -> str:
     """Return a number as text, or the cell without a value."""
     return NONE if value is None else format(value, how)
 
 
-def to_markdown(shown: Table) -> str:
-    """Return a table in Markdown, without its title."""
+def to_markdown(shown: TextTable) -> str:
+    """Return a table in Markdown, without title and notes."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in [shown.header, *shown.rows]]
     rule = ["---" if i < shown.text_columns else "---:" for i in range(len(shown.header))]
     return "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], rule, *cells[1:]]) + "\n"
@@ -179,25 +46,13 @@ def to_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return text.getvalue()
 
 
-def table1_csv(groups: Sequence[Group]) -> str:
-    """Return every group with its setting as comma-separated values; nothing is rounded.
+def to_grid(shown: TextTable, title: str | None = None) -> "Table":
+    """Return a table for the terminal."""
+    from rich.table import Table
 
-    VTAB-1k has files of its own.
-    """
-    header = ["dataset", *(field.name for field in fields(Setting)), "paper_percent",
-              "mean_percent", "spread_points", "runs", "difference_points", "seeds",
-              "accuracies_percent", "epochs_chosen", "folders"]  # fmt: skip
-    rows = []
-    for group in _without_vtab(groups):
-        results = [run.result for run in group.runs if run.result]
-        values = (group.paper, group.mean, group.spread, len(results), group.delta)
-        rows.append([
-            group.label,
-            *asdict(group.setting).values(),
-            *("" if value is None else value for value in values),
-            " ".join(str(run.seed) for run in group.runs),
-            " ".join(map(str, group.accuracies)),
-            " ".join(str(result["epoch"]) for result in results),
-            " ; ".join(str(run.folder) for run in group.runs),
-        ])  # fmt: skip
-    return to_csv(header, rows)
+    grid = Table(title=title)
+    for place, name in enumerate(shown.header):
+        grid.add_column(name, justify="left" if place < shown.text_columns else "right")
+    for row in shown.rows:
+        grid.add_row(*(cell or NONE for cell in row))
+    return grid

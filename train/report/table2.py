@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, fields
 
 from ..data.vtab_tasks import GROUPS, TASKS, GroupName
 from .groups import Group, Setting, by_setting
-from .paper import ROWS
-from .paper_vtab import published_mean, table2, vpt_value
-from .tables import NONE, Table, formatted, notes_of, to_csv
+from .paper import ROWS, published_mean, table2, vpt_value
+from .table1 import notes_of
+from .tables import NONE, TextTable, formatted, to_csv
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +89,7 @@ def _place(group: Group) -> int:
     return list(TASKS).index(group.label)
 
 
-def overview_vtab(groups: Sequence[Group], names: dict[Setting, str]) -> Table:
+def overview_vtab(groups: Sequence[Group], names: dict[Setting, str]) -> TextTable:
     """Return the layout of Table 2: a line for each method, ours below it with differences."""
     rows, notes, method = [], [], ""
     for setting, found in by_setting(filter(is_vtab, groups)).items():
@@ -106,7 +106,7 @@ def overview_vtab(groups: Sequence[Group], names: dict[Setting, str]) -> Table:
         notes += [f"{names[setting]}: {text}" for text in _gaps(means.values())]
     header = ["method", *GROUPS, *(f"delta {name}" for name in GROUPS), "runs"]
     title = "Table 2, VTAB-1k, means of top-1 accuracies in percent"
-    return Table(title=title, header=header, rows=rows, notes=tuple(notes))
+    return TextTable(title=title, header=header, rows=rows, notes=tuple(notes))
 
 
 def _cell(mean: GroupMean | None, name: GroupName) -> str:
@@ -133,13 +133,13 @@ def _gaps(means: Iterable[GroupMean]) -> list[str]:
     return told
 
 
-def details_vtab(groups: Sequence[Group], names: dict[Setting, str]) -> list[Table]:
+def details_vtab(groups: Sequence[Group], names: dict[Setting, str]) -> list[TextTable]:
     """Return a table a setting: every task, and the means of the groups beside the paper's."""
     found = by_setting(filter(is_vtab, groups))
     return [_detail(tasks, names[setting]) for setting, tasks in found.items()]
 
 
-def _detail(groups: Sequence[Group], name: str) -> Table:
+def _detail(groups: Sequence[Group], name: str) -> TextTable:
     rows = []
     for mean in means_of(groups):
         for task in mean.tasks:
@@ -156,15 +156,15 @@ def _detail(groups: Sequence[Group], name: str) -> Table:
         rows.append([f"{mean.name}, mean", "", *cells, mean.runs, formatted(mean.delta, "+.2f")])
     header = ["task", "images", "reference, %", "ours, %", "spread", "runs", "delta"]
     notes = [*_gaps(means_of(groups)), *notes_of(groups)]
-    return Table(
+    return TextTable(
         title=f"{name}, VTAB-1k", header=header, rows=rows, text_columns=2, notes=tuple(notes)
     )
 
 
-def whole_table2() -> Table:
+def whole_table2() -> TextTable:
     """Return the published Table 2 as it is printed."""
     rows = [[name, *(row[group] for group in GROUPS)] for name, row in table2().items()]
-    return Table(title="The published Table 2", header=["method", *GROUPS], rows=rows)
+    return TextTable(title="The published Table 2", header=["method", *GROUPS], rows=rows)
 
 
 SETTING = [field.name for field in fields(Setting)]

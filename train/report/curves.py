@@ -1,39 +1,20 @@
 """Curves of runs as SVG: training loss and accuracy against epochs, one colour a setting."""
 
-import io
-import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from tcpa.inspect.style import COLOURS, STYLE, panel, to_svg
 
 from .groups import Setting, place_of, setting_of
 from .runs import Run
 
-INK = "#1b1b1f"
-"""Text and axes; the page replaces it by its own text colour."""
-
-# Okabe and Ito's palette without black and yellow, and with a lighter blue, for both backgrounds.
-COLOURS = ("#2a86c4", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
-
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "tcpa",
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color"), INK),
-    **dict.fromkeys(("ytick.color", "grid.color", "legend.labelcolor"), INK),
-    "grid.alpha": 0.15,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +35,14 @@ def draw(runs: Sequence[Run], names: dict[Setting, str]) -> list[Curves]:
     """
     # Neighbours in the legend differ in both.
     chosen = {
-        setting: (COLOURS[place % len(COLOURS)], DASHES[place % len(DASHES)])
+        setting: (COLOURS[place % 7], DASHES[place % len(DASHES)])
         for place, setting in enumerate(names)
     }
     found = []
     with matplotlib.rc_context(STYLE):
         for label, shown in _by_label(runs):
             figures = [_loss(shown, chosen, names), *_accuracies(shown, chosen, names)]
-            found.append(Curves(label, tuple(map(_svg, figures))))
+            found.append(Curves(label, tuple(map(to_svg, figures))))
     return found
 
 
@@ -95,8 +76,7 @@ def _measured(run: Run, split: str) -> list[tuple[int, float]]:
 
 
 def _empty(label: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(4.4, 3.0), layout="constrained")
-    axes: Any = figure.subplots()
+    figure, axes = panel((4.4, 3.0))
     axes.set(xlabel="epoch", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.grid()
@@ -126,13 +106,3 @@ def _finish(figure: Figure, runs: Sequence[Run], styles: dict, names: dict[Setti
     figure.set_size_inches(width, height + 0.19 * lines)
     figure.legend(handles, texts, loc="outside lower left", handlelength=3)
     return figure
-
-
-def _svg(figure: Figure) -> str:
-    FigureCanvasAgg(figure)
-    text = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(text, format="svg", transparent=True, metadata=nothing)
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    return re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
