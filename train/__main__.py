@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "recipes": (RecipesConfig, ".recipes", "print_recipes"),
     "data prepare": (PrepareConfig, ".data.commands", "run_prepare"),
     "data verify": (VerifyConfig, ".data.commands", "run_verify"),
-    "demo": (DemoConfig, ".demo.run", "run_demo"),
+    "demo": (DemoConfig, ".demo.compare", "run_demo"),
     "tune-demo": (TuneConfig, ".demo.tune", "tune"),
     "pretrain-demo": (PretrainConfig, ".demo.pretrain", "pretrain"),
 }

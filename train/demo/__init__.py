@@ -1,5 +1,6 @@
 """The demo: a small frozen ViT, pretrained on generated images, learns scikit-learn's digits.
 
-`generate` draws the pretraining images, `pretrain` trains the ViT that `backbone` defines and
-loads, `data` serves the digits, `run` compares three ways to adapt it, `figures` draws the result.
+`generate` draws the pretraining images, `pretrain` trains the ViT of `backbone`; `digits` serves
+the images, `methods` says what is put on the ViT, `training` trains it; `compare` (and `tune`) are
+the commands, `session` is what they write and print.
 """

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..precision import fast_dtype
+from ..engine.precision import Numerics, choose_numerics
 
 IMAGE_SIZE = 32
 """Height and width of the input, pixels."""
@@ -69,7 +69,6 @@ def normalise(images: Tensor) -> Tensor:
     return (images - mean) / std
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """Run the matrix products of a model in `fast_dtype(device)`; weights stay float32."""
-    dtype = fast_dtype(device)
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+def numerics(device: torch.device) -> Numerics:
+    """Return how the demo computes: autocast to bfloat16 where that is native; weights float32."""
+    return choose_numerics("auto", device, trains_weights=True)

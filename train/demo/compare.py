@@ -1,40 +1,63 @@
-"""The demo on rows of the paper's tables: one table of all of them, whatever it shows.
+"""The demo: ways to adapt one small frozen ViT to handwritten digits, in one table.
 
-python -m tcpa.train demo --methods all
+    python -m tcpa.train demo
+    python -m tcpa.train demo --methods all
+
+Three methods, or rows of the paper's tables, whatever the table shows. All share images, their
+order, optimizer, schedule, epochs and batch size. Learning rates and weight decays are those that
+`tune-demo` found best, for each method on the same grid, on held-out folds of the training images.
+Accuracies are those after the last epoch.
 """
 
 import csv
 import io
-import os
-import statistics
-from dataclasses import asdict, replace
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from rich.table import Table
 
+import tcpa
+
 from ...cli import choose_device, require
-from ..engine.distributed import World
-from ..engine.record import describe_environment
 from ..files import write_whole
 from ..precision import fast_dtype
+from .backbone import load_backbone, normalise, numerics
 from .config import DemoConfig
-from .engine import Method
-from .output import append_line
-from .report import Row
-from .rows import ADAPTED, Choices, describe, find_rows, tuned_settings
-from .run import summarise, train_tasks
-from .tasks import Task, split_on
+from .digits import DigitSplit, converged_probe, make_split
+from .figures import draw_curves, draw_selection
+from .methods import (
+    ADAPTED,
+    POOLS,
+    PROMPT_ROWS,
+    WITH_TCPA,
+    DemoMethod,
+    DemoRow,
+    chosen_methods,
+    describe,
+    find_rows,
+    probe_strength,
+    tuned_settings,
+)
+from .session import DemoScore, provenance, train_all
+from .training import DemoTask, predict
+
+ADAPTER = "tcpa_adapter"
+WRITTEN = f"metrics.jsonl, curves.png, selection.png and {ADAPTER}"
 
 MARKDOWN, CSV = "methods.md", "methods.csv"
-SUFFIX, BASES = "+tcpa", {"vpt": "vpt-deep"}
-"""A row with TCPA goes with the row that its name begins with, or that this names."""
+PLAIN = {"vpt": "vpt-deep"}
+"""Row without TCPA that a row with TCPA is compared with, where its name is not the beginning."""
 
 HEADINGS = ("method", "accuracy, %", "spread, %", "by seed, %", "trained values", "s / epoch")
 HEADINGS += ("rate", "decay")
 
+QUICK = "--quick: the figures mean nothing."
 
-def run_rows(config: DemoConfig) -> list[Row]:
-    """Train all rows for all seeds, print the table, write the output folder.
+
+def run_demo(config: DemoConfig) -> list[DemoScore]:
+    """Train all methods for all seeds, print the table, write the output folder.
 
     Raises:
         UsageError: there is no such row, one that was asked for by name cannot be put on the
@@ -43,50 +66,152 @@ def run_rows(config: DemoConfig) -> list[Row]:
     if config.quick:
         config = replace(config, seeds=config.seeds[:1], epochs=2)
     device = choose_device(config.device)
-    rows, reasons = find_rows(config.methods or ())
-    methods = _with_settings(config, rows, reasons)
-    tasks = [
-        Task(
-            method=method,
-            seed=seed,
-            epochs=config.num_epochs,
-            device=device,
-            part="quick" if config.quick else "test",
-        )
+    return (_run_methods if config.methods is None else _run_rows)(config, device)
+
+
+def make_tasks(
+    config: DemoConfig, device: torch.device, methods: list[DemoMethod]
+) -> list[DemoTask]:
+    """List the runs: every method with every seed."""
+    part = "quick" if config.quick else "test"
+    return [
+        DemoTask(method=method, seed=seed, epochs=config.num_epochs, device=device, part=part)
         for method in methods
         for seed in config.seeds
     ]
-    metrics, records, outcomes, reporter = train_tasks(config, device, tasks)
-    found = [
-        replace(
-            summarise(method.name, tasks, outcomes, records),
-            seconds_per_epoch=min(r.seconds for r in records if r.method == method.name),
-        )
-        for method in methods
+
+
+# Three methods.
+
+
+def _run_methods(config: DemoConfig, device: torch.device) -> list[DemoScore]:
+    start = time.perf_counter()
+    tasks = make_tasks(config, device, list(chosen_methods()))
+    # The last run is one of TCPA.
+    tasks[-1] = replace(tasks[-1], save_to=config.output / ADAPTER)
+    split = make_split(tasks[0].part, device)
+    output, scores, outcomes, console = train_all(config, tasks)
+    draw_curves([e for outcome in outcomes for e in outcome.epochs], output.folder / "curves.png")
+    _draw_selection(output.folder, split)
+    console.print(_methods_table(scores))
+    fitted = converged_probe(tasks[0].part, probe_strength())
+    output.add("converged probe", accuracy=fitted)
+    precision = f"{fast_dtype(device)} on {device}".removeprefix("torch.")
+    settings = ", ".join(
+        f"{name} {method.learning_rate:g}, {method.weight_decay:g}"
+        for name, method in {task.method.name: task.method for task in tasks}.items()
+    )
+    ours = scores[-1]
+    notes = [
+        f"{len(split.train_labels)} training and {len(split.test_labels):,} test images, seeds "
+        f"{', '.join(map(str, config.seeds))}; accuracy on the test images after epoch "
+        f"{config.epochs}.",
+        f"{PROMPT_ROWS} prompt rows a block for VPT-deep and TCPA. {precision}.",
+        "Learning rate and weight decay, each the best of one grid on folds of the training "
+        f"images: {settings}.",
+        f"Implementation: {ours.implementation} ({ours.reason}).",
+        *verdict(scores),
+        f"Logistic regression on the frozen features, fitted to convergence, reads {fitted:.1f} %: "
+        f"{ours.mean - fitted:+.1f} points for TCPA.",
+        *([QUICK] if config.quick else []),
     ]
-    for row in found:
-        append_line(metrics, {"kind": "summary", **asdict(row), "mean": row.mean})
+    for note in notes:
+        console.print(note)
+    seconds = time.perf_counter() - start
+    console.print(f"{seconds:.0f} s in total; {config.output} holds {WRITTEN}.")
+    return scores
+
+
+def _draw_selection(folder: Path, split: DigitSplit) -> None:
+    """Load the saved adapter and draw what it selects on five test images."""
+    device = split.test_images.device
+    model = tcpa.from_pretrained(folder / ADAPTER, backbone=load_backbone()).to(device)
+    shown = torch.stack([(split.test_labels == digit).nonzero()[0, 0] for digit in range(0, 10, 2)])
+    images, labels = split.test_images[shown], split.test_labels[shown]
+    named = predict(model, images)
+    with numerics(device).context(device):
+        selection = model.selection(images)
+    # Of the patches, on the rows of the image pool.
+    prefix, rows = model.backbone.num_prefix_tokens, POOLS.cls_rows
+    gates = [
+        tcpa.unpack_gate(gate, PROMPT_ROWS)[:, prefix:, rows:].cpu().numpy() for gate in selection
+    ]
+    captions = [f"a {label},\nread as {digit}" for label, digit in zip(labels, named, strict=True)]
+    pixels = (images[:, 0].cpu() - normalise(torch.zeros(()))) / 2
+    draw_selection(pixels.numpy(), captions, gates, folder / "selection.png")
+
+
+def _methods_table(scores: list[DemoScore]) -> Table:
+    grid = Table(title="Handwritten digits on a frozen ViT pretrained on generated images")
+    grid.add_column("method")
+    for heading in ("accuracy, %", "spread, %", "trained values", "s / epoch"):
+        grid.add_column(heading, justify="right")
+    grid.add_column("implementation")
+    for score in scores:
+        mean, spread, _, *size = _cells(score)
+        grid.add_row(score.method, mean, spread, *size, score.implementation)
+    return grid
+
+
+def verdict(scores: list[DemoScore]) -> list[str]:
+    """Say in words how the methods compare, also where the comparison is unwelcome.
+
+    The last one is TCPA; differences are between runs of the same seed.
+    """
+    lines = []
+    for other in scores[:-1]:
+        gain, each = scores[-1].gain_over(other)
+        beats = "beats" if gain > 0 else "does NOT beat"
+        lines.append(f"TCPA {beats} {other.method} here: {gain:+.1f} points (by seed: {each})")
+    return lines
+
+
+def _cells(score: DemoScore) -> list[str]:
+    return [
+        f"{score.mean:.1f}",
+        "-" if score.spread is None else f"{score.spread:.1f}",
+        ", ".join(f"{value:.1f}" for value in score.accuracies),
+        f"{score.trainable:,}",
+        f"{score.seconds_per_epoch:.2f}",
+    ]
+
+
+# Rows of the paper's tables.
+
+
+def _run_rows(config: DemoConfig, device: torch.device) -> list[DemoScore]:
+    rows, reasons = find_rows(config.methods or ())
+    methods = with_settings(config, rows, reasons)
+    tasks = make_tasks(config, device, methods)
+    output, scores, _, console = train_all(config, tasks)
     labels = {row.name: row.label for row in rows}
-    lines = [_cells(row, labels, method) for row, method in zip(found, methods, strict=True)]
-    notes = [*gains(found, labels), *_notes(config, device, tasks, reasons)]
-    write_whole(config.output / CSV, _csv(found, labels, methods).encode())
-    write_whole(config.output / MARKDOWN, _markdown(lines, notes).encode())
+    lines = [
+        [labels[score.method], *_cells(score), *_settings(method)]
+        for score, method in zip(scores, methods, strict=True)
+    ]
+    notes = [*gains(scores, labels), *_row_notes(config, tasks, reasons)]
+    write_whole(output.folder / CSV, _csv(scores, labels, methods).encode())
+    write_whole(output.folder / MARKDOWN, _markdown(lines, notes).encode())
     grid = Table(title="Rows of the paper's tables on handwritten digits")
     for index, heading in enumerate(HEADINGS):
         grid.add_column(heading, justify="left" if index == 0 else "right")
     for line in lines:
         grid.add_row(*line)
-    reporter.console.print(grid)
+    console.print(grid)
     for note in notes:
-        reporter.console.print(f"- {note}")
-    reporter.console.print(f"{config.output} holds {metrics.name}, {MARKDOWN} and {CSV}.")
-    return found
+        console.print(f"- {note}")
+    console.print(f"{config.output} holds metrics.jsonl, {MARKDOWN} and {CSV}.")
+    return scores
 
 
-def _with_settings(
-    config: DemoConfig, rows: list[Choices], reasons: dict[str, str]
-) -> list[Method]:
-    """Return the rows with their tuned settings; those without any go to `reasons`."""
+def with_settings(
+    config: DemoConfig, rows: list[DemoRow], reasons: dict[str, str]
+) -> list[DemoMethod]:
+    """Return the rows with their tuned settings; those without any go to `reasons`.
+
+    Raises:
+        UsageError: a row that was asked for by name has none, or none has any.
+    """
     tuned, methods = tuned_settings(), []
     for row in rows:
         found = tuned.get(row.name, {})
@@ -103,74 +228,44 @@ def _with_settings(
     return methods
 
 
-def _cells(row: Row, labels: dict[str, str], method: Method) -> list[str]:
-    return [
-        labels[row.method],
-        f"{row.mean:.1f}",
-        "-" if row.spread is None else f"{row.spread:.1f}",
-        ", ".join(f"{value:.1f}" for value in row.accuracies),
-        f"{row.trainable:,}",
-        f"{row.seconds_per_epoch:.2f}",
-        f"{method.learning_rate:g}",
-        f"{method.weight_decay:g}",
-    ]
-
-
-def gains(rows: list[Row], labels: dict[str, str]) -> list[str]:
+def gains(scores: list[DemoScore], labels: dict[str, str]) -> list[str]:
     """Say how each row with TCPA compares with its row without, run by run of the same seed."""
-    named = {row.method: row for row in rows}
+    named = {score.method: score for score in scores}
     lines = []
-    for name, row in named.items():
-        base = name.removesuffix(SUFFIX)
-        other = named.get(BASES.get(base, base))
-        if not name.endswith(SUFFIX) or other is None:
-            continue
-        each = [a - b for a, b in zip(row.accuracies, other.accuracies, strict=True)]
-        shown = ", ".join(f"{value:+.1f}" for value in each)
-        lines.append(
-            f"{labels[name]} - {labels[other.method]}: {statistics.fmean(each):+.1f} points (by "
-            f"seed: {shown})"
-        )
+    for name, score in named.items():
+        base = name.removesuffix(WITH_TCPA)
+        other = named.get(PLAIN.get(base, base))
+        if base != name and other is not None:
+            gain, each = score.gain_over(other)
+            pair = f"{labels[name]} - {labels[other.method]}"
+            lines.append(f"{pair}: {gain:+.1f} points (by seed: {each})")
     return lines
 
 
-def _notes(
-    config: DemoConfig, device: torch.device, tasks: list[Task], reasons: dict[str, str]
-) -> list[str]:
-    split = split_on(device, tasks[0].part)
-    seeds = ", ".join(map(str, config.seeds))
+def _row_notes(config: DemoConfig, tasks: list[DemoTask], reasons: dict[str, str]) -> list[str]:
+    split, device = make_split(tasks[0].part), tasks[0].device
     tuned = tuned_settings()[tasks[0].method.name]
     rates = sorted({rate for rate, *_ in tuned["measured"]})
-    cpu = device.type == "cpu"
+    side = ", one thread a run, as many runs side by side as there are cores"
+    threads = side if device.type == "cpu" else ""
     return [
         f"Accuracy on {len(split.test_labels):,} test images after epoch {config.num_epochs} on "
         f"{len(split.train_labels):,} training images, mean, standard deviation (n - 1) and values "
-        f"of seeds {seeds}. The test images chose nothing.",
+        f"of seeds {', '.join(map(str, config.seeds))}. The test images chose nothing.",
         f"Learning rate and weight decay: `tcpa-train tune-demo --methods`, {tuned['epochs']} "
         f"epochs, on held-out images of {', '.join(tuned['folds'])} of the training images; every "
         f"rate of {', '.join(f'{rate:g}' for rate in rates)} with the smallest decay, then the "
         "other decays with the best rate. A small search: a point more or less means little.",
         f"At the size of the demo: {ADAPTED}.",
-        # Other work on the machine slows epochs down, and makes none faster.
-        "Seconds per epoch: of the fastest one, training alone"
-        + (", one thread a run, as many runs side by side as there are cores." if cpu else "."),
+        f"Seconds per epoch: of the fastest one, training alone{threads}.",
         *(f"{name} is left out: {reason}." for name, reason in reasons.items()),
         provenance(device),
-        *(["--quick: the figures mean nothing."] if config.quick else []),
+        *([QUICK] if config.quick else []),
     ]
 
 
-def provenance(device: torch.device) -> str:
-    """Return date, machine, versions and commit of this process, in one sentence."""
-    found = describe_environment(World(device))
-    machine = f"{os.cpu_count()} CPU cores" if device.type == "cpu" else found["device"]
-    precision = str(fast_dtype(device)).removeprefix("torch.")
-    commit = found["commit"][:7] or "unknown"
-    changed = " with changes" if found["changed"] else ""
-    return (
-        f"{found['date'][:10]}, {machine}, {precision}, torch {found['versions']['torch']}, commit "
-        f"{commit}{changed}."
-    )
+def _settings(method: DemoMethod) -> list[str]:
+    return [f"{method.learning_rate:g}", f"{method.weight_decay:g}"]
 
 
 def _markdown(lines: list[list[str]], notes: list[str]) -> str:
@@ -179,18 +274,18 @@ def _markdown(lines: list[list[str]], notes: list[str]) -> str:
     return "\n".join([*rows, "", *(f"- {note}" for note in notes)]) + "\n"
 
 
-def _csv(rows: list[Row], labels: dict[str, str], methods: list[Method]) -> str:
+def _csv(scores: list[DemoScore], labels: dict[str, str], methods: list[DemoMethod]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    seeds = [f"accuracy_{index}" for index in range(len(rows[0].accuracies))]
+    seeds = [f"accuracy_{index}" for index in range(len(scores[0].accuracies))]
     settings = ("trained_values", "seconds_per_epoch", "learning_rate", "weight_decay")
     writer.writerow(["method", "label", "mean", "spread", *seeds, *settings])
-    for row, method in zip(rows, methods, strict=True):
-        spread = "" if row.spread is None else f"{row.spread:.4f}"
+    for score, method in zip(scores, methods, strict=True):
+        spread = "" if score.spread is None else f"{score.spread:.4f}"
         writer.writerow(
-            [row.method, labels[row.method], f"{row.mean:.4f}", spread]
-            + [f"{value:.4f}" for value in row.accuracies]
-            + [row.trainable, f"{row.seconds_per_epoch:.4f}"]
+            [score.method, labels[score.method], f"{score.mean:.4f}", spread]
+            + [f"{value:.4f}" for value in score.accuracies]
+            + [score.trainable, f"{score.seconds_per_epoch:.4f}"]
             + [method.learning_rate, method.weight_decay]
         )
     return text.getvalue()

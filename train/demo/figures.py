@@ -7,12 +7,12 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .engine import Epoch
+from .training import DemoEpoch
 
 COLOURS = ("#7f7f7f", "#1f77b4", "#d62728")
 
 
-def draw_curves(records: list[Epoch], path: Path) -> None:
+def draw_curves(records: list[DemoEpoch], path: Path) -> None:
     """Draw loss and test accuracy against epochs, one colour a method, one thin line a seed."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, test = figure.subplots(1, 2)

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from ...cli import require_writable
 from ..precision import fast_dtype
-from .backbone import autocast, build_backbone, normalise, save_backbone
+from .backbone import build_backbone, normalise, numerics, save_backbone
 from .config import PretrainConfig
 from .generate import FAMILIES, NUM_CLASSES, generate
+
+CPU = torch.device("cpu")
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -68,7 +70,7 @@ def accuracy(vit: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return the share of uint8 images `[N, S, S]` whose class the model names, in percent."""
     vit.eval()
     hits = 0
-    with torch.inference_mode(), autocast(torch.device("cpu")):
+    with torch.inference_mode(), numerics(CPU).context(CPU):
         for x, y in zip(images.split(256), labels.split(256), strict=True):
             logits = vit(normalise(x[:, None].float() / 255))
             hits += int((logits.argmax(1) == y).sum())
@@ -95,7 +97,7 @@ def pretrain(config: PretrainConfig) -> Path:
         total = torch.zeros(())
         order = torch.randperm(len(images), generator=generator)
         for index in order.split(config.batch_size):
-            with autocast(torch.device("cpu")):
+            with numerics(CPU).context(CPU):
                 logits = vit(augment(images[index], generator))
             loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=0.1)
             optimizer.zero_grad()
@@ -119,7 +121,7 @@ def _metadata(config: PretrainConfig, held_out: float, seconds: float) -> dict[s
     return {
         "task": f"classify {NUM_CLASSES} formulas on generated images; no digits, letters or fonts",
         "recipe": json.dumps(recipe),
-        "precision": str(fast_dtype(torch.device("cpu"))),
+        "precision": str(fast_dtype(CPU)),
         "held_out_accuracy": f"{held_out:.2f} %",
         "seconds": f"{seconds:.0f}",
         "versions": json.dumps(

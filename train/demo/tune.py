@@ -1,10 +1,13 @@
-"""Choose learning rate and weight decay of the demo's methods, by one rule for all of them.
+"""Choose learning rate and weight decay on folds of the training images, by one rule for all.
 
     python -m tcpa.train tune-demo --output train/demo/tuned.json
+    python -m tcpa.train tune-demo --methods all --output train/demo/tuned_rows.json
 
-Every method is trained with every pair of the grid on four folds of the 1,000 training images; the
-best mean over the folds wins, on a tie the smaller rate, then the smaller decay. The demo reads the
-record. The 797 test images have no part in it.
+The demo's methods are trained with every pair of the grid, a row of the paper's tables with every
+rate and the smallest decay, then with the other decays and the rate that was best. The best mean
+over the folds wins, on a tie the smaller rate, then the smaller decay. The demo reads the record.
+The 797 test images have no part in it. Measurements of rows are written down as they come, so that
+the command goes on where it was stopped.
 """
 
 import json
@@ -12,44 +15,58 @@ import statistics
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ...cli import choose_device, require_writable, write_results
+from ..files import write_json
 from .config import TuneConfig
-from .data import FOLDS
-from .engine import Epoch, Method
-from .probe import best_strength
-from .report import Reporter
-from .tasks import PROMPTS, Task, run_tasks
+from .digits import FOLDS, best_strength
+from .methods import PROMPTS, DemoMethod, DemoRow, describe, find_rows, tuned_settings
+from .session import DemoProgress
+from .training import DemoOutcome, DemoTask, run_tasks
 
 Pair = tuple[float, float]
 """Learning rate and weight decay."""
 
+ROWS_RULE = (
+    "best mean accuracy over the folds, first among the rates with the smallest decay, then among "
+    "the decays with that rate; on a tie the smaller one"
+)
+
 
 def tune(config: TuneConfig) -> Path:
-    """Train the whole grid and write the record."""
-    if config.methods is not None:
-        from .tune_rows import tune_rows
+    """Train what is asked for and write the record.
 
-        return tune_rows(config)
+    Raises:
+        UsageError: there is no such row, or the record cannot be read or written.
+    """
+    return (_tune_methods if config.methods is None else _tune_rows)(config)
+
+
+def _tune_methods(config: TuneConfig) -> Path:
     device = choose_device(config.device)
     require_writable(config.file)
-    tasks = make_grid(config, device)
-    final: dict[str, list[float]] = {}
-    with Reporter(len(tasks) * config.num_epochs, config.num_epochs, "held-out fold") as reporter:
-
-        def on_epoch(record: Epoch) -> None:
-            reporter.epoch(record)
-            if record.epoch == config.num_epochs and record.test_accuracy is not None:
-                final.setdefault(record.method, []).append(record.test_accuracy)
-
-        run_tasks(tasks, on_epoch)
     pairs = sorted(product(config.rates, config.weight_decays))
-    means = {
-        name: {pair: statistics.fmean(final[run_name(name, pair)]) for pair in pairs}
-        for name in PROMPTS
+    methods = {
+        (name, pair): DemoMethod(
+            name=run_name(name, pair),
+            prompts=prompts,
+            learning_rate=pair[0],
+            weight_decay=pair[1],
+        )
+        for name, prompts in PROMPTS.items()
+        for pair in pairs
     }
+    tasks = [task for method in methods.values() for task in _on_folds(config, method, device)]
+    with _progress(config, len(tasks)) as progress:
+        outcomes = iter(run_tasks(tasks, progress.epoch))
+    means: dict[str, dict[Pair, float]] = {name: {} for name in PROMPTS}
+    for name, pair in methods:
+        means[name][pair] = statistics.fmean(
+            next(outcomes).accuracy for _ in range(config.num_folds)
+        )
     chosen = {name: best_pair(by_pair) for name, by_pair in means.items()}
     record = {
         "rule": "best mean accuracy over the folds; on a tie the smaller rate, then decay",
@@ -69,26 +86,102 @@ def tune(config: TuneConfig) -> Path:
     write_results(config.file, json.dumps(record, indent=2) + "\n", "--output")
     for name, pair in chosen.items():
         accuracy = means[name][pair]
-        reporter.console.print(f"{run_name(name, pair)} ({accuracy:.1f} % on held-out folds)")
-    reporter.console.print(f"wrote {config.file}")
+        progress.console.print(f"{run_name(name, pair)} ({accuracy:.1f} % on held-out folds)")
+    progress.console.print(f"wrote {config.file}")
     return config.file
 
 
-def make_grid(config: TuneConfig, device: torch.device) -> list[Task]:
-    """List the runs: every method with every pair on every fold; the fold's number is the seed."""
-    methods = [
-        Method(
-            name=run_name(name, (rate, decay)),
-            prompts=prompts,
-            learning_rate=rate,
-            weight_decay=decay,
-        )
-        for name, prompts in PROMPTS.items()
-        for rate, decay in product(config.rates, config.weight_decays)
-    ]
+class _RowsRecord:
+    """The file of the rows: what was measured of each, and what was chosen."""
+
+    def __init__(self, config: TuneConfig, rows: list[DemoRow], device: torch.device) -> None:
+        self._config = config
+        self.rows = tuned_settings(config.file)
+        for row in rows:
+            made_with = {
+                "choices": describe(row),
+                "epochs": config.num_epochs,
+                "device": str(device),
+                "torch": torch.__version__,
+            }
+            found = self.rows.get(row.name, {})
+            same = all(found.get(name) == value for name, value in made_with.items())
+            measured = found.get("measured", []) if same else []
+            self.rows[row.name] = made_with | {"measured": measured}
+
+    def accuracies(self, name: str) -> dict[tuple[float, float, str], float]:
+        """Return what was measured of a row: rate, decay and fold -> percent."""
+        return {tuple(where): accuracy for *where, accuracy in self.rows[name]["measured"]}
+
+    def add(self, name: str, task: DemoTask, accuracy: float) -> None:
+        pair = [task.method.learning_rate, task.method.weight_decay]
+        self.rows[name]["measured"].append([*pair, task.part, accuracy])
+        self.save()
+
+    def best(self, name: str, pairs: list[Pair]) -> tuple[Pair, float]:
+        """Return the best of some pairs and its mean accuracy."""
+        found, folds = self.accuracies(name), measured_on(self._config)
+        means = {pair: statistics.fmean(found[*pair, fold] for fold in folds) for pair in pairs}
+        pair = best_pair(means)
+        return pair, means[pair]
+
+    def choose(self, name: str, pair: Pair) -> None:
+        self.rows[name] |= {"learning_rate": pair[0], "weight_decay": pair[1]}
+        self.rows[name] |= {"folds": list(measured_on(self._config))}
+
+    def save(self) -> None:
+        content: dict[str, Any] = {"rule": ROWS_RULE, "rows": self.rows}
+        write_json(self._config.file, content)
+
+
+def _tune_rows(config: TuneConfig) -> Path:
+    device = choose_device(config.device)
+    rows, reasons = find_rows(config.methods or ())
+    require_writable(config.file)
+    record = _RowsRecord(config, rows, device)
+    first, *others = sorted(config.weight_decays)
+    by_rate = [(rate, first) for rate in sorted(config.rates)]
+    with _progress(config, len(rows) * (len(by_rate) + len(others)) * config.num_folds) as progress:
+
+        def measure(pairs: dict[str, list[Pair]]) -> None:
+            """Train what is not in the record."""
+            row_of_task: dict[DemoTask, str] = {}
+            for row in rows:
+                known = record.accuracies(row.name)
+                for pair in pairs[row.name]:
+                    method = row.method(*pair, name=run_name(row.name, pair))
+                    for task in _on_folds(config, method, device):
+                        if (*pair, task.part) not in known:
+                            row_of_task[task] = row.name
+
+            def on_outcome(task: DemoTask, outcome: DemoOutcome) -> None:
+                record.add(row_of_task[task], task, outcome.accuracy)
+
+            if row_of_task:
+                run_tasks(list(row_of_task), progress.epoch, on_outcome)
+
+        measure({row.name: by_rate for row in rows})
+        rates = {row.name: record.best(row.name, by_rate)[0][0] for row in rows}
+        measure({name: [(rate, decay) for decay in others] for name, rate in rates.items()})
+    for name, rate in rates.items():
+        pair, accuracy = record.best(name, [(rate, decay) for decay in (first, *others)])
+        record.choose(name, pair)
+        progress.console.print(f"{run_name(name, pair)} ({accuracy:.1f} % on held-out images)")
+    record.save()
+    for name, reason in reasons.items():
+        progress.console.print(f"{name}: left out: {reason}", soft_wrap=True)
+    progress.console.print(f"wrote {config.file}")
+    return config.file
+
+
+def _progress(config: TuneConfig, tasks: int) -> DemoProgress:
+    return DemoProgress(tasks * config.num_epochs, config.num_epochs, "held-out fold")
+
+
+def _on_folds(config: TuneConfig, method: DemoMethod, device: torch.device) -> list[DemoTask]:
+    """List the runs of a method, one for each fold, whose number is the seed."""
     return [
-        Task(method=method, seed=seed, epochs=config.num_epochs, device=device, part=part)
-        for method in methods
+        DemoTask(method=method, seed=seed, epochs=config.num_epochs, device=device, part=part)
         for seed, part in enumerate(measured_on(config))
     ]
 
@@ -99,7 +192,7 @@ def measured_on(config: TuneConfig) -> tuple[str, ...]:
 
 
 def run_name(method: str, pair: Pair) -> str:
-    """Name a method with its optimiser settings."""
+    """Name a method with its optimizer settings."""
     return f"{method}, rate {pair[0]:g}, decay {pair[1]:g}"
 
 

@@ -9,16 +9,9 @@ import torch
 import tcpa
 
 from ..demo.backbone import NORMALIZATION, load_backbone
-from ..demo.data import NUM_CLASSES
-from ..demo.engine import (
-    BATCH_SIZE,
-    Method,
-    Split,
-    learning_rate_factor,
-    predict,
-    train_epoch,
-)
-from ..demo.tasks import chosen_methods, split_on
+from ..demo.digits import NUM_CLASSES, DigitSplit, make_split
+from ..demo.methods import DemoMethod, chosen_methods
+from ..demo.training import build_model, measure, train_epochs
 from .images import ImageSet
 from .subjects import BARE, State, Subject
 
@@ -38,7 +31,7 @@ def demo_inputs(
     The seed decides initial values and the order of the images. Two epochs and few images if
     `quick`.
     """
-    split = split_on(torch.device("cpu"), "quick" if quick else "test")
+    split = make_split("quick" if quick else "test")
     epochs = QUICK_EPOCHS if quick else EPOCHS
     methods = {method.name: method for method in chosen_methods() if method.prompts is not None}
     subjects = []
@@ -50,35 +43,19 @@ def demo_inputs(
     return subjects, _images(split, QUICK_IMAGES if quick else IMAGES)
 
 
-def _train(method: Method, split: Split, seed: int, epochs: int, keep: bool) -> Subject:
-    """Train like `demo.engine.train_method`, and keep copies on the way."""
-    torch.manual_seed(seed)
-    model = tcpa.wrap(
-        load_backbone(), method.prompts, num_classes=NUM_CLASSES, normalization=NORMALIZATION
-    )
-    optimizer = torch.optim.AdamW(
-        model.trainable_parameters(), method.learning_rate, weight_decay=method.weight_decay
-    )
-    order = torch.Generator().manual_seed(seed)
-    steps = epochs * -(-len(split.train_labels) // BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, steps)
-    )
+def _train(method: DemoMethod, split: DigitSplit, seed: int, epochs: int, keep: bool) -> Subject:
+    """Train as the demo does, and keep copies on the way."""
+    model = build_model(method, split, seed=seed)
     states = [State(epoch=0, model=_copy(model))] if keep else []
-    for epoch in range(epochs):
-        model.train()
-        model.set_epoch(epoch)
-        train_epoch(model, split, optimizer, schedule, order)
-        if keep and (epoch + 1 in KEPT or epoch + 1 == epochs):
-            states.append(State(epoch=epoch + 1, model=_copy(model)))
-    right = predict(model, split.test_images) == split.test_labels
-    accuracy = 100 * int(right.sum()) / len(right)
+    for found in train_epochs(model, method, split, seed=seed, epochs=epochs):
+        if keep and (found.epoch in KEPT or found.epoch == epochs):
+            states.append(State(epoch=found.epoch, model=_copy(model)))
     return Subject(
         name=method.name,
         source=f"trained for {epochs} epochs on {len(split.train_labels):,} digits",
         model=model.eval(),
         states=states,
-        accuracy=accuracy,
+        accuracy=measure(model, split),
     )
 
 
@@ -93,7 +70,7 @@ def _copy(model: tcpa.PromptedViT) -> tcpa.PromptedViT:
     return twin.eval()
 
 
-def _images(split: Split, count: int) -> ImageSet:
+def _images(split: DigitSplit, count: int) -> ImageSet:
     """Return the first test images of every class, in turns."""
     labels = split.test_labels.numpy()
     rank = np.empty(len(labels), np.int64)

@@ -1,9 +1,10 @@
-"""The demo: honest data splits, one loop for all methods, every promised file, clear refusals."""
+"""The demo: disjoint splits, one loop for all methods, every promised file, clear refusals."""
 
 import itertools
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,24 +12,24 @@ import torch
 import tcpa
 from tcpa.cli import UsageError
 from tcpa.train.__main__ import main
-from tcpa.train.demo import probe, run, tune
+from tcpa.train.demo import compare, digits, tune
 from tcpa.train.demo.backbone import load_backbone
 from tcpa.train.demo.config import DemoConfig
-from tcpa.train.demo.data import FOLDS, load_digits, make_split
-from tcpa.train.demo.engine import Epoch, learning_rate_factor, predict, train_method
-from tcpa.train.demo.report import Row, verdict
-from tcpa.train.demo.tasks import (
-    PROMPTS,
-    TUNED,
-    Task,
-    chosen_methods,
-    probe_strength,
+from tcpa.train.demo.digits import FOLDS, STRENGTHS, load_digits, make_split
+from tcpa.train.demo.methods import PROMPT_ROWS, PROMPTS, TUNED, chosen_methods, probe_strength
+from tcpa.train.demo.session import DemoOutput, DemoScore
+from tcpa.train.demo.training import (
+    DemoTask,
+    build_model,
+    learning_rate_factor,
+    predict,
     run_task,
     run_tasks,
-    split_on,
+    train_epochs,
 )
 from tcpa.train.demo.tune import best_pair
 
+CPU = torch.device("cpu")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -37,7 +38,7 @@ def finished(tmp_path_factory):
     """A quick demo: its output folder, its rows and the metrics it wrote."""
     folder = tmp_path_factory.mktemp("demo") / "output"
     threads = torch.get_num_threads()
-    rows = run.run_demo(DemoConfig(output=folder, quick=True, device="cpu"))
+    rows = compare.run_demo(DemoConfig(output=folder, quick=True, device="cpu"))
     assert torch.get_num_threads() == threads, "the demo left the number of threads changed"
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return folder, rows, [json.loads(line) for line in lines]
@@ -102,7 +103,7 @@ def test_methods_are_compared_fairly() -> None:
     assert isinstance(vpt.prompts, tcpa.VPTConfig)
     assert vpt.prompts.deep
     assert isinstance(ours.prompts, tcpa.TCPAConfig)
-    assert vpt.prompts.num_prompts == ours.prompts.num_prompts == run.PROMPT_ROWS
+    assert vpt.prompts.num_prompts == ours.prompts.num_prompts == PROMPT_ROWS
     assert ours.prompts.prompt_dropout == 0
 
 
@@ -129,14 +130,14 @@ def test_the_penalty_of_the_converged_probe_is_the_best_on_the_folds(monkeypatch
         asked.append((part, strength))
         return {0.1: 90.0, 10.0: 92.0}.get(strength, 50.0)
 
-    monkeypatch.setattr(probe, "converged_probe", measure)
-    assert probe.best_strength() == 10.0
-    assert asked == [(fold, strength) for strength in probe.STRENGTHS for fold in FOLDS]
-    assert probe_strength() in probe.STRENGTHS
+    monkeypatch.setattr(digits, "converged_probe", measure)
+    assert digits.best_strength() == 10.0
+    assert asked == [(fold, strength) for strength in STRENGTHS for fold in FOLDS]
+    assert probe_strength() in STRENGTHS
 
 
 def test_converged_probe_reads_digits() -> None:
-    assert probe.converged_probe("quick", 1.0) > 60
+    assert digits.converged_probe("quick", 1.0) > 60
 
 
 def test_a_tie_goes_to_the_smaller_rate_then_decay() -> None:
@@ -146,77 +147,65 @@ def test_a_tie_goes_to_the_smaller_rate_then_decay() -> None:
 
 
 def test_tuning_writes_a_record_of_the_whole_grid(tmp_path, capsys, monkeypatch) -> None:
+    def pretend(tasks, on_epoch):
+        assert [task.part for task in tasks] == list(FOLDS) * 6
+        return [
+            SimpleNamespace(accuracy=50.0 + task.method.learning_rate + task.seed) for task in tasks
+        ]
+
     monkeypatch.setattr(tune, "best_strength", lambda: 7.0)
+    monkeypatch.setattr(tune, "run_tasks", pretend)
     file = tmp_path / "new" / "tuned.json"
     grid = ["--learning-rates", "0.0001", "0.1", "--weight-decays", "0.1"]
     assert main(["tune-demo", *grid, "--epochs", "1", "--output", str(file)]) == 0
     record = json.loads(file.read_text(encoding="utf-8"))
     for rows in record["accuracy_on_folds"].values():
-        assert [row[:2] for row in rows] == [[0.0001, 0.1], [0.1, 0.1]]
+        assert rows == [[0.0001, 0.1, pytest.approx(51.5001)], [0.1, 0.1, pytest.approx(51.6)]]
     assert record["probe_strength"] == 7.0
     assert record["chosen"] == {
         name: {"learning_rate": 0.1, "weight_decay": 0.1} for name in PROMPTS
     }
-    assert "linear probe, rate 0.1, decay 0.1 (" in capsys.readouterr().out
+    assert "linear probe, rate 0.1, decay 0.1 (51.6 %" in capsys.readouterr().out
 
 
-def test_training_repeats_by_seed() -> None:
-    split = split_on(torch.device("cpu"), "quick")
-    method = chosen_methods()[-1]
-    seeds = (0, 0, 1)
-    models = [
-        train_method(method, split, seed=seed, epochs=1, on_epoch=lambda _: None) for seed in seeds
-    ]
+def test_training_repeats_by_seed_and_leaves_the_backbone_alone() -> None:
+    split, method = make_split("quick"), chosen_methods()[-1]
+    models = []
+    for seed in (0, 0, 1):
+        models.append(build_model(method, split, seed=seed))
+        list(train_epochs(models[-1], method, split, seed=seed, epochs=1))
     images = split.test_images[:4]
     first, again, other = (model.eval()(images) for model in models)
     assert first.equal(again)
     assert not first.equal(other)
-
-
-def test_runs_side_by_side_equal_runs_one_after_the_other(tmp_path) -> None:
-    cpu, threads = torch.device("cpu"), torch.get_num_threads()
-    tasks = [
-        Task(
-            method=chosen_methods()[0],
-            seed=seed,
-            epochs=1,
-            device=cpu,
-            save_to=tmp_path / str(seed),
-        )
-        for seed in (0, 1)
-    ]
-    together: list[Epoch] = []
-    outcomes = run_tasks(tasks, together.append)
-    torch.set_num_threads(1)
-    alone: list[Epoch] = []
-    assert [run_task(task, alone.append) for task in tasks] == outcomes
-    torch.set_num_threads(threads)
-    together.sort(key=lambda record: record.seed)
-    for a, b in zip(together, alone, strict=True):
-        assert (a.seed, a.epoch, a.test_accuracy) == (b.seed, b.epoch, b.test_accuracy)
-        assert a.loss == pytest.approx(b.loss, rel=1e-3)
-
-
-def test_a_failed_run_is_reported() -> None:
-    cpu = torch.device("cpu")
-    bad = Task(method=replace(chosen_methods()[0], prompts="none"), seed=0, epochs=1, device=cpu)
-    with pytest.raises(TypeError, match="config: got str, expected TCPAConfig"):
-        run_tasks([bad, bad], lambda _: None)
-
-
-def test_backbone_stays_as_shipped() -> None:
-    split = split_on(torch.device("cpu"), "quick")
     shipped = dict(load_backbone().named_parameters())
-    model = train_method(chosen_methods()[-1], split, seed=0, epochs=1, on_epoch=lambda _: None)
-    for name, value in model.backbone.named_parameters():
+    for name, value in models[0].backbone.named_parameters():
         if not name.startswith("head."):
             assert torch.equal(value, shipped[name]), name
+
+
+def test_runs_side_by_side_equal_runs_alone_and_a_failed_one_is_told() -> None:
+    threads, method = torch.get_num_threads(), chosen_methods()[0]
+    # The last task begins first: the bad one waits until another has ended.
+    bad = DemoTask(method=replace(method, prompts="none"), seed=0, epochs=1, device=CPU)
+    tasks = [bad, *(DemoTask(method=method, seed=seed, epochs=1, device=CPU) for seed in (0, 1))]
+    together = {}
+    with pytest.raises(TypeError, match="config"):
+        run_tasks(tasks, lambda _: None, together.__setitem__)
+    assert together
+    torch.set_num_threads(1)
+    for task, found in together.items():
+        alone = run_task(task, lambda _: None)
+        assert (found.accuracy, found.trainable) == (alone.accuracy, alone.trainable)
+        assert found.implementation == alone.implementation
+        assert found.epochs[0].loss == pytest.approx(alone.epochs[0].loss, rel=1e-3)
+    torch.set_num_threads(threads)
 
 
 def test_rows_tell_accuracy_size_and_implementation(finished) -> None:
     _, rows, _ = finished
     assert [row.method for row in rows] == ["linear probe", "VPT-deep", "TCPA"]
-    head, prompts = 128 * 10 + 10, 4 * run.PROMPT_ROWS * 128
+    head, prompts = 128 * 10 + 10, 4 * PROMPT_ROWS * 128
     assert [row.trainable for row in rows] == [head, head + prompts, head + 2 * prompts]
     for row in rows:
         assert len(row.accuracies) == 1
@@ -243,7 +232,7 @@ def test_metrics_hold_config_epochs_and_summary(finished) -> None:
 def test_saved_adapter_gives_the_reported_accuracy(finished) -> None:
     folder, rows, _ = finished
     model = tcpa.from_pretrained(folder / "tcpa_adapter", backbone=load_backbone())
-    split = split_on(torch.device("cpu"), "quick")
+    split = make_split("quick")
     right = predict(model, split.test_images) == split.test_labels
     assert 100 * float(right.double().mean()) == pytest.approx(rows[-1].mean)
 
@@ -257,18 +246,19 @@ def test_pictures_are_written(finished) -> None:
 
 def test_an_earlier_demo_is_replaced(finished) -> None:
     folder, _, lines = finished
-    metrics = run.prepare_output(folder, {"seeds": [7]})
+    metrics = folder / "metrics.jsonl"
+    DemoOutput(folder, {"seeds": [7]})
     assert json.loads(metrics.read_text(encoding="utf-8"))["seeds"] == [7]
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def test_verdict_says_when_tcpa_does_not_win() -> None:
-    def row(method: str, *accuracies: float) -> Row:
+    def row(method: str, *accuracies: float) -> DemoScore:
         rest = {"trainable": 1, "seconds_per_epoch": 1.0, "implementation": "", "reason": ""}
-        return Row(method=method, accuracies=accuracies, **rest)
+        return DemoScore(method=method, accuracies=accuracies, **rest)
 
     rows = [row("linear probe", 80, 82), row("VPT-deep", 91, 92), row("TCPA", 90, 92)]
-    assert verdict(rows) == [
+    assert compare.verdict(rows) == [
         "TCPA beats linear probe here: +10.0 points (by seed: +10.0, +10.0)",
         "TCPA does NOT beat VPT-deep here: -0.5 points (by seed: -1.0, +0.0)",
     ]
@@ -322,10 +312,8 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys) -> None:
 @pytest.mark.parametrize("name", ["file", "file/below"])
 def test_an_unwritable_output_is_named(name, tmp_path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(
-        UsageError, match=r"--output: got .*, expected a folder that can be written"
-    ):
-        run.prepare_output(tmp_path / name, {})
+    with pytest.raises(UsageError, match="--output"):
+        DemoOutput(tmp_path / name, {})
 
 
 def test_a_missing_package_names_the_extra(tmp_path, capsys, monkeypatch) -> None:

@@ -10,28 +10,28 @@ import torch
 import tcpa
 from tcpa.cli import UsageError
 from tcpa.train.__main__ import main
-from tcpa.train.demo import compare, rows, tune_rows
+from tcpa.train.demo import compare, methods, tune
 from tcpa.train.demo.config import DemoConfig, TuneConfig
-from tcpa.train.demo.data import FOLDS
-from tcpa.train.demo.engine import Epoch, Split, train_method, wrap_backbone
-from tcpa.train.demo.report import Row
-from tcpa.train.demo.rows import TUNED_ROWS, choices_of, describe, find_rows, tuned_settings
-from tcpa.train.demo.tasks import PROMPTS, Outcome, split_on
-from tcpa.train.demo.tune import best_pair
+from tcpa.train.demo.digits import FOLDS, DigitSplit, make_split
+from tcpa.train.demo.methods import (
+    PROMPTS,
+    TUNED_ROWS,
+    describe,
+    find_rows,
+    row_of,
+    tuned_settings,
+)
+from tcpa.train.demo.session import DemoScore
+from tcpa.train.demo.training import DemoEpoch, DemoOutcome, build_model, train_epochs
 from tcpa.train.registry import METHODS
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def tiny():
     """Forty training and ten test images."""
-    split = split_on(CPU, "quick")
+    images, labels, test_images, test_labels = make_split("quick")
     pick = torch.arange(0, 100, 100 // 40)[:40]
-    return Split(
-        split.train_images[pick], split.train_labels[pick],
-        split.test_images[:10], split.test_labels[:10],
-    )  # fmt: skip
+    return DigitSplit(images[pick], labels[pick], test_images[:10], test_labels[:10])
 
 
 def test_every_row_runs_or_says_why_not(monkeypatch):
@@ -48,14 +48,15 @@ def test_every_row_runs_or_says_why_not(monkeypatch):
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_a_row_trains_what_its_registry_entry_trains(name, tiny):
-    row, entry = choices_of(name), METHODS[name]
+    row, entry = row_of(name), METHODS[name]
     assert type(row.tuning) is type(entry.tuning)
     assert row.input_prompt == entry.input_prompt
     assert type(row.prompts) is type(entry.prompts("digits"))
-    before = dict(wrap_backbone(None, None, tcpa.HeadTuning()).backbone.named_parameters())
-    epochs: list[Epoch] = []
-    model = train_method(row.method(0.01, 0.0001), tiny, seed=0, epochs=1, on_epoch=epochs.append)
-    assert epochs[0].test_accuracy is not None and epochs[0].loss > 0
+    method = row.method(0.01, 0.0001)
+    model = build_model(method, tiny, seed=0)
+    before = {key: value.clone() for key, value in model.backbone.named_parameters()}
+    (epoch,) = train_epochs(model, method, tiny, seed=0, epochs=1)
+    assert epoch.test_accuracy is not None and epoch.loss > 0
     trained = model.trainable_named_parameters().keys()
     for key, value in model.backbone.named_parameters():
         if f"backbone.{key}" not in trained:
@@ -65,17 +66,17 @@ def test_a_row_trains_what_its_registry_entry_trains(name, tiny):
 
 def test_rows_with_prompts_have_equally_many():
     for name in METHODS:
-        prompts = choices_of(name).prompts
+        prompts = row_of(name).prompts
         if prompts is not None:
             assert prompts.num_prompts == 20, name
             dropout = [f.name for f in fields(prompts) if f.name in ("dropout", "prompt_dropout")]
             assert [getattr(prompts, field) for field in dropout] == [0.0]
-    assert choices_of("vpt-deep").prompts == PROMPTS["VPT-deep"]
-    assert choices_of("vpt+tcpa").prompts == PROMPTS["TCPA"]
-    assert choices_of("vfpt+tcpa").prompts == replace(PROMPTS["TCPA"], prompt_transform="fourier")
-    assert {choices_of(name).tuning.head for name in METHODS} == {"linear"}
+    assert row_of("vpt-deep").prompts == PROMPTS["VPT-deep"]
+    assert row_of("vpt+tcpa").prompts == PROMPTS["TCPA"]
+    assert row_of("vfpt+tcpa").prompts == replace(PROMPTS["TCPA"], prompt_transform="fourier")
+    assert {row_of(name).tuning.head for name in METHODS} == {"linear"}
     # 64 of 768 channels, on a width of 128.
-    assert choices_of("adaptformer").tuning.bottleneck == 10
+    assert row_of("adaptformer").tuning.bottleneck == 10
 
 
 def test_every_row_is_tuned_on_folds_of_the_training_images():
@@ -87,23 +88,15 @@ def test_every_row_is_tuned_on_folds_of_the_training_images():
         assert record["choices"] == describe(row), remedy
         assert record["epochs"] == DemoConfig(methods=("all",)).epochs
         assert set(record["folds"]) <= set(FOLDS)
-        means: dict[tuple[float, float], list[float]] = {}
-        for rate, decay, fold, accuracy in record["measured"]:
-            assert fold in FOLDS
-            if fold in record["folds"]:
-                means.setdefault((rate, decay), []).append(accuracy)
-        config = TuneConfig(methods=("all",))
+        assert {fold for _, _, fold, _ in record["measured"]} <= set(FOLDS)
+        config = TuneConfig(methods=("all",), folds=len(record["folds"]))
+        assert list(tune.measured_on(config)) == record["folds"]
+        found = tune._RowsRecord(config, [], torch.device("cpu"))
+        found.rows = tuned
         first, *others = sorted(config.weight_decays)
-        by_rate = {
-            (rate, first): sum(means[rate, first]) / len(record["folds"]) for rate in config.rates
-        }
-        rate, _ = best_pair(by_rate)
-        by_decay = {
-            (rate, decay): sum(means[rate, decay]) / len(record["folds"])
-            for decay in (first, *others)
-        }
-        chosen = (record["learning_rate"], record["weight_decay"])
-        assert chosen == best_pair(by_decay), row.name
+        (rate, _), _ = found.best(row.name, [(rate, first) for rate in config.rates])
+        chosen, _ = found.best(row.name, [(rate, decay) for decay in (first, *others)])
+        assert (record["learning_rate"], record["weight_decay"]) == chosen, row.name
 
 
 def test_the_results_page_has_every_row_with_its_recorded_rate():
@@ -125,13 +118,13 @@ def accuracy_of(task):
     ]
 
 
-def pretend(tasks, on_epoch, on_outcome=None):
+def pretend(tasks, on_epoch, on_outcome):
     """Stand in for training."""
     for task in tasks:
         name, seed = task.method.name, task.seed
-        on_epoch(Epoch(name, seed, task.epochs, 1.0, 50.0, accuracy_of(task), 0.1))
-        on_outcome(task, Outcome(trainable=1, implementation=("", "")))
-    return []
+        epoch = DemoEpoch(name, seed, task.epochs, 1.0, 50.0, accuracy_of(task), 0.1)
+        on_epoch(epoch)
+        on_outcome(task, DemoOutcome(epochs=(epoch,), trainable=1, implementation=("", "")))
 
 
 GRID = ("--learning-rates", "0.1", "0.01", "--weight-decays", "0.5", "0.1", "--folds", "2")
@@ -143,9 +136,9 @@ def test_tuning_searches_rates_then_decays_and_keeps_other_rows(tmp_path, monkey
 
     def count(tasks, on_epoch, on_outcome):
         trained.append([(t.method.name, t.part) for t in tasks])
-        return pretend(tasks, on_epoch, on_outcome)
+        pretend(tasks, on_epoch, on_outcome)
 
-    monkeypatch.setattr(tune_rows, "run_tasks", count)
+    monkeypatch.setattr(tune, "run_tasks", count)
     assert main(["tune-demo", "--methods", "linear", *GRID, "--output", str(file)]) == 0
     assert [part for _, part in trained[0]] == ["fold 2", "fold 3"] * 2
     assert [name for name, _ in trained[1]] == ["linear, rate 0.1, decay 0.5"] * 2
@@ -169,15 +162,15 @@ def test_tuning_goes_on_where_it_stopped(tmp_path, monkeypatch):
         pretend(tasks[:3], on_epoch, on_outcome)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tune_rows, "run_tasks", stop)
+    monkeypatch.setattr(tune, "run_tasks", stop)
     assert main(arguments) == 130
     trained = []
 
     def count(tasks, on_epoch, on_outcome):
         trained.extend(tasks)
-        return pretend(tasks, on_epoch, on_outcome)
+        pretend(tasks, on_epoch, on_outcome)
 
-    monkeypatch.setattr(tune_rows, "run_tasks", count)
+    monkeypatch.setattr(tune, "run_tasks", count)
     assert main(arguments) == 0
     # One of four rates, and the other decay on two folds.
     assert len(trained) == 3
@@ -211,7 +204,7 @@ def test_the_table_holds_every_row_and_how_its_rate_was_chosen(tmp_path, capsys)
 
 def test_all_lists_what_is_left_out(tmp_path, monkeypatch, capsys):
     deep = replace(METHODS["partial-1"], tuning=tcpa.LastBlockTuning(num_blocks=99))
-    monkeypatch.setattr(rows, "METHODS", {"linear": METHODS["linear"], "partial-1": deep})
+    monkeypatch.setattr(methods, "METHODS", {"linear": METHODS["linear"], "partial-1": deep})
     assert main(["demo", "--quick", "--methods", "all", "--output", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "methods.md").read_text(encoding="utf-8")
     assert "- partial-1 is left out: tuning: num_blocks: got 99, expected at most" in text
@@ -220,7 +213,7 @@ def test_all_lists_what_is_left_out(tmp_path, monkeypatch, capsys):
 def test_gains_are_taken_seed_by_seed():
     def row(method, *accuracies):
         rest = {"trainable": 1, "seconds_per_epoch": 1.0, "implementation": "", "reason": ""}
-        return Row(method=method, accuracies=accuracies, **rest)
+        return DemoScore(method=method, accuracies=accuracies, **rest)
 
     found = [row("vp", 50.0, 60.0), row("vpt-deep", 70.0, 80.0), row("vp+tcpa", 53.0, 59.0)]
     found += [row("vpt+tcpa", 70.0, 79.0), row("vfpt+tcpa", 1.0, 2.0)]
@@ -237,10 +230,10 @@ def test_a_row_whose_choices_changed_is_not_taken_as_tuned(monkeypatch):
     monkeypatch.setattr(compare, "tuned_settings", lambda: record)
     config = DemoConfig(methods=("linear",))
     with pytest.raises(UsageError, match="tune-demo --methods linear"):
-        compare._with_settings(config, [choices_of("linear")], {})
+        compare.with_settings(config, [row_of("linear")], {})
     reasons: dict[str, str] = {}
-    found = [choices_of("linear"), choices_of("vpt-deep")]
-    (left,) = compare._with_settings(DemoConfig(methods=("all",)), found, reasons)
+    found = [row_of("linear"), row_of("vpt-deep")]
+    (left,) = compare.with_settings(DemoConfig(methods=("all",)), found, reasons)
     assert left.name == "vpt-deep" and "no learning rate is recorded" in reasons["linear"]
 
 

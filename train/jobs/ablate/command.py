@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ....cli import UsageError, choose_device, require
-from ...demo.compare import provenance
+from ...demo.session import provenance
 from ...engine.inputs import Splits
 from ...files import cannot_write, write_whole
 from . import datasets, digits

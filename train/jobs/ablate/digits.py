@@ -16,10 +16,10 @@ import tcpa
 
 from ....cli import UsageError, choose_device
 from ...demo.config import EPOCHS
-from ...demo.data import FOLDS
-from ...demo.engine import Epoch, Method
-from ...demo.report import Reporter
-from ...demo.tasks import PROMPTS, Outcome, Task, chosen_methods, run_tasks
+from ...demo.digits import FOLDS
+from ...demo.methods import PROMPTS, DemoMethod, chosen_methods
+from ...demo.session import DemoProgress
+from ...demo.training import DemoOutcome, DemoTask, run_tasks
 from ...engine.folder import brief, differences
 from ...engine.interruption import Interrupted, raised
 from ...files import read_json, write_json
@@ -47,7 +47,7 @@ def train(
     """
     device = choose_device(config.device)
     found: dict[tuple[str, int], Measured] = {}
-    left: dict[Task, tuple[str, int]] = {}
+    left: dict[DemoTask, tuple[str, int]] = {}
     for name, setting in settings.items():
         for seed in config.seeds:
             task = _task(config, setting, seed, device)
@@ -68,29 +68,18 @@ def train(
 
 def _train(
     config: AblateConfig,
-    left: dict[Task, tuple[str, int]],
+    left: dict[DemoTask, tuple[str, int]],
     found: dict[tuple[str, int], Measured],
 ) -> None:
     epochs = next(iter(left)).epochs
-    seconds: dict[tuple[str, int], list[float]] = {}
-    validation: dict[tuple[str, int], float] = {}
-    with Reporter(len(left) * epochs, epochs, "validation") as reporter:
+    with DemoProgress(len(left) * epochs, epochs, "validation") as progress:
 
-        def on_epoch(epoch: Epoch) -> None:
-            reporter.epoch(epoch)
-            key = (epoch.method, epoch.seed)
-            seconds.setdefault(key, []).append(epoch.seconds)
-            if epoch.epoch == epochs and epoch.test_accuracy is not None:
-                validation[key] = epoch.test_accuracy
-
-        def on_outcome(task: Task, outcome: Outcome) -> None:
-            key = (task.method.name, task.seed)
+        def on_outcome(task: DemoTask, outcome: DemoOutcome) -> None:
             measured = Measured(
-                validation=validation[key],
-                test=outcome.test_accuracy,
+                validation=outcome.accuracy,
+                test=outcome.then_tested,
                 trainable=outcome.trainable,
-                # Other work on the machine slows epochs down, and makes none faster.
-                seconds_per_epoch=min(seconds[key]),
+                seconds_per_epoch=outcome.fastest_epoch,
             )
             name, seed = left[task]
             file = _file(config, name, seed)
@@ -99,20 +88,20 @@ def _train(
             write_json(file, content)
             found[name, seed] = measured
 
-        run_tasks(list(left), on_epoch, on_outcome)
+        run_tasks(list(left), progress.epoch, on_outcome)
 
 
-def _task(config: AblateConfig, setting: Setting, seed: int, device: torch.device) -> Task:
+def _task(config: AblateConfig, setting: Setting, seed: int, device: torch.device) -> DemoTask:
     _, vpt, ours = chosen_methods()
     tuned = vpt if setting.name == VPT else ours
     rate, decay = config.learning_rate, config.weight_decay
-    method = Method(
+    method = DemoMethod(
         name=label(setting.name, config.base_method),
         prompts=setting.prompts,
         learning_rate=tuned.learning_rate if rate is None else rate,
         weight_decay=tuned.weight_decay if decay is None else decay,
     )
-    return Task(
+    return DemoTask(
         method=method,
         seed=seed,
         epochs=QUICK_EPOCHS if config.quick else config.epochs or EPOCHS,
@@ -127,7 +116,7 @@ def _file(config: AblateConfig, name: str, seed: int) -> Path:
     return config.output / DEMO / label(name, config.base_method) / run / RESULT
 
 
-def _describe(task: Task) -> dict[str, Any]:
+def _describe(task: DemoTask) -> dict[str, Any]:
     """Return everything that decides a result, as JSON data."""
     described = {
         "method": dataclasses.asdict(task.method),

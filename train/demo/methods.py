@@ -1,0 +1,194 @@
+"""What the demo compares: three methods of its own, and the rows of the paper's tables.
+
+A row brings its token prompts, its prompt on the image and its tuning, at the size of the demo.
+All have the demo's loop, optimizer and schedule, torch's initial values of the head, and, where
+prompts stand in front of the blocks, as many rows of them, without dropout: what is compared is the
+choices.
+"""
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tcpa
+
+from ...cli import require
+from ..files import read_json
+from ..registry import METHODS
+from .backbone import NORMALIZATION, load_backbone
+from .digits import NUM_CLASSES
+
+ALL = "all"
+PROMPT_ROWS = 20
+HALF = PROMPT_ROWS // 2
+
+TUNED = Path(__file__).with_name("tuned.json")
+TUNED_ROWS = Path(__file__).with_name("tuned_rows.json")
+
+POOLS = tcpa.TCPAConfig(
+    cls_pool_size=HALF,
+    image_pool_size=HALF,
+    cls_top_k=5,
+    image_top_k=5,
+    prompt_transform="identity",
+    prompt_dropout=0.0,
+    random_selection_epochs=1,
+)
+
+PROMPTS: dict[str, tcpa.PromptConfig | None] = {
+    "linear probe": None,
+    "VPT-deep": tcpa.VPTConfig(length=PROMPT_ROWS),
+    "TCPA": POOLS,
+}
+"""What is compared. VPT-deep and TCPA have as many prompt rows in every block, prompts that are
+trained directly and no dropout, so that the coordination is all that tells them apart."""
+
+WITH_TCPA = "+tcpa"
+"""Ends the names of the rows with TCPA's pools."""
+
+LENGTHS = {"e2vpt": {"length": HALF, "kv_length": HALF}}
+"""Row -> its prompt rows, where they are not `length` alone."""
+
+TUNINGS: dict[str, dict[str, Any]] = {
+    # The demo downloads nothing.
+    "sidetune": {"pretrained": False},
+    # 64 of the 768 channels of the tables' backbone.
+    "adaptformer": {"bottleneck": 64 * 128 // 768},
+}
+"""Row -> what its tuning has of its own on a small backbone."""
+
+ADAPTED = (
+    f"{PROMPT_ROWS} prompt rows a block wherever there are any, without dropout (pools of {HALF} "
+    f"and {HALF} with top-5, E2VPT {HALF} tokens and {HALF} key-value prompts); frames, and the "
+    "bottleneck of AdaptFormer, in proportion; Sidetune's AlexNet from random values, on enlarged "
+    "images; every row with AdamW and the same schedule in place of its own, and with the same "
+    "linear head"
+)
+"""What differs from the registry, for readers of the table."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoMethod:
+    """One way to adapt the frozen backbone."""
+
+    name: str
+    prompts: tcpa.PromptConfig | None
+    learning_rate: float
+    weight_decay: float
+    input_prompt: tcpa.InputConfig | None = None
+    tuning: tcpa.TuningConfig = field(default_factory=tcpa.HeadTuning)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoRow:
+    """A row of the paper's tables on the digits."""
+
+    name: str
+    """In the registry."""
+    label: str
+    """As the papers write it."""
+    prompts: tcpa.PromptConfig | None
+    input_prompt: tcpa.InputConfig | None
+    tuning: tcpa.TuningConfig
+
+    def method(
+        self, learning_rate: float, weight_decay: float, name: str | None = None
+    ) -> DemoMethod:
+        """Return the row with optimizer settings; `name` in place of its own."""
+        return DemoMethod(
+            name=name or self.name,
+            prompts=self.prompts,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            input_prompt=self.input_prompt,
+            tuning=self.tuning,
+        )
+
+
+def chosen_methods() -> tuple[DemoMethod, ...]:
+    """Return the methods, each with the optimizer settings that `tune-demo` recorded for it."""
+    chosen = json.loads(TUNED.read_text(encoding="utf-8"))["chosen"]
+    return tuple(
+        DemoMethod(name=name, prompts=prompts, **chosen[name]) for name, prompts in PROMPTS.items()
+    )
+
+
+def probe_strength() -> float:
+    """Return the inverse penalty that `tune-demo` recorded for logistic regression."""
+    return json.loads(TUNED.read_text(encoding="utf-8"))["probe_strength"]
+
+
+def wrap_backbone(choices: DemoMethod | DemoRow) -> tcpa.PromptedViT:
+    """Put prompts and tuning on a fresh copy of the shipped backbone.
+
+    Raises:
+        ValueError: they cannot be put on it; the message says why.
+    """
+    return tcpa.wrap(
+        load_backbone(),
+        choices.prompts,
+        input_prompt=choices.input_prompt,
+        tuning=choices.tuning,
+        num_classes=NUM_CLASSES,
+        normalization=NORMALIZATION,
+        # No images of ours are among those that a side network's weights come from.
+        load_weights=False,
+    )
+
+
+def row_of(name: str) -> DemoRow:
+    """Return a row of the registry at the size of the demo."""
+    row = METHODS[name]
+    prompts: Any = row.prompts("digits")
+    if name.endswith(WITH_TCPA):
+        prompts = replace(POOLS, prompt_transform=prompts.prompt_transform)
+    elif prompts is not None:
+        prompts = replace(prompts, dropout=0.0, **LENGTHS.get(name, {"length": PROMPT_ROWS}))
+    tuning = replace(row.tuning, head="linear", **TUNINGS.get(name, {}))
+    return DemoRow(
+        name=name, label=row.label, prompts=prompts, input_prompt=row.input_prompt, tuning=tuning
+    )
+
+
+def find_rows(names: Sequence[str]) -> tuple[list[DemoRow], dict[str, str]]:
+    """Return the rows that can be put on the demo's backbone, and of the others the reason.
+
+    Args:
+        names: of the registry, or "all".
+
+    Raises:
+        UsageError: there is no such row, or one that was asked for by name cannot be had.
+    """
+    for name in names:
+        near = difflib.get_close_matches(name, (ALL, *METHODS), n=1)
+        hint = f"did you mean {near[0]}?" if near else "choose one of these"
+        known = name == ALL or name in METHODS
+        require(known, "--methods", repr(name), ", ".join((ALL, *METHODS)), hint)
+    rows, reasons = [], {}
+    for name in dict.fromkeys(METHODS if ALL in names else names):
+        row = row_of(name)
+        try:
+            wrap_backbone(row)
+        except ValueError as error:
+            reasons[name] = str(error)
+            expected = f"a row that the demo's backbone can have ({error})"
+            require(name not in names, "--methods", repr(name), expected, "leave it out")
+        else:
+            rows.append(row)
+    return rows, reasons
+
+
+def tuned_settings(path: Path = TUNED_ROWS) -> dict[str, Any]:
+    """Return what `tune-demo --methods` recorded, row by row; nothing if it has not run."""
+    found = read_json(path)
+    usable = found is None or (isinstance(found, dict) and isinstance(found.get("rows"), dict))
+    require(usable, str(path), "other data", "what tune-demo --methods writes", "delete the file")
+    return {} if found is None else found["rows"]
+
+
+def describe(row: DemoRow) -> dict[str, Any]:
+    """Return a row's choices as JSON data, to tell whether a record is still of the same row."""
+    return json.loads(json.dumps(asdict(row)))
