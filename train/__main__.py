@@ -10,26 +10,26 @@ import textwrap
 from typing import Any
 
 from ..cli import UsageError, command
-from .config import RecipesConfig, ReportConfig, RunConfig, SweepConfig
 from .data.commands import PrepareConfig, VerifyConfig
 from .demo.config import DemoConfig, PretrainConfig, TuneConfig
 from .engine.interruption import Interrupted
 from .inspect.config import InspectConfig
 from .jobs.ablate.config import AblateConfig
 from .jobs.search_options import SearchConfig
-from .meta.config import MetaPromptConfig
-from .methods.config import MethodsConfig
+from .options.meta_prompt import MetaPromptConfig
+from .options.methods import MethodsConfig
+from .options.run import RecipesConfig, ReportConfig, RunConfig, SweepConfig
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
-    "run": (RunConfig, ".run", "run"),
+    "run": (RunConfig, ".jobs.run", "run"),
     "sweep": (SweepConfig, ".jobs.sweep", "sweep"),
     "search": (SearchConfig, ".jobs.search", "search"),
     "ablate": (AblateConfig, ".jobs.ablate.command", "ablate"),
     "report": (ReportConfig, ".report.command", "report"),
-    "meta-prompt": (MetaPromptConfig, ".meta.command", "train_meta_prompt"),
-    "methods": (MethodsConfig, ".methods.command", "print_methods"),
+    "meta-prompt": (MetaPromptConfig, ".jobs.meta_prompt", "train_meta_prompt"),
+    "methods": (MethodsConfig, ".jobs.methods", "print_methods"),
     "inspect": (InspectConfig, ".inspect.run", "run_inspect"),
-    "recipes": (RecipesConfig, ".recipes", "print_recipes"),
+    "recipes": (RecipesConfig, ".recipes.recipe", "print_recipes"),
     "data prepare": (PrepareConfig, ".data.commands", "run_prepare"),
     "data verify": (VerifyConfig, ".data.commands", "run_verify"),
     "demo": (DemoConfig, ".demo.compare", "run_demo"),

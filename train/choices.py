@@ -6,7 +6,7 @@ from typing import Any
 
 from ..cli import UsageError
 from .engine.folder import differences
-from .files import read_json, write_json
+from .storage import read_json, write_json
 
 CHOICE = "choice.json"
 

@@ -43,10 +43,10 @@ import torch
 from train_runs import make_config, make_splits
 
 from tcpa.cli import UsageError
-from tcpa.train import files
+from tcpa.train import storage as files
 from tcpa.train.engine import journal
 from tcpa.train.engine.interruption import Interrupted
-from tcpa.train.run import run
+from tcpa.train.jobs.run import run
 
 
 def die() -> None:

@@ -3,8 +3,8 @@
 import json
 from dataclasses import replace
 
-from tcpa.train.config import RunConfig
-from tcpa.train.engine.settings import describe, resolve, run_folder
+from tcpa.train.options.run import RunConfig
+from tcpa.train.recipes.runspec import describe, resolve, run_folder
 
 VERSIONS = {"torch": "2.15"}
 

@@ -20,7 +20,7 @@ from tcpa.methods.autovp import frequency_mapping
 from tcpa.methods.dam_vp import cluster_features
 from tcpa.methods.lion import contracted, equilibrium
 from tcpa.methods.side import for_alexnet
-from tcpa.train.recipes import METHODS, recipe
+from tcpa.train.recipes.recipe import METHODS, recipe
 
 TINY = ARCHITECTURES["vit-tiny"]
 F64 = torch.float64

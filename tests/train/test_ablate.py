@@ -24,7 +24,7 @@ from tcpa.train.jobs.ablate.figures import draw_study
 from tcpa.train.jobs.ablate.measured import Measured, summarise
 from tcpa.train.jobs.ablate.studies import label, make_studies
 from tcpa.train.jobs.ablate.tables import cells, conclusions, csv_text, markdown, notes
-from tcpa.train.registry import METHODS
+from tcpa.train.recipes.rows import METHODS
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = ("--pool-sizes", "2", "4", "--top-ks", "1", "3", "--lengths", "1", "2")

@@ -23,7 +23,7 @@ from tcpa.train.backbones import load_backbone
 from tcpa.train.inspect import maps
 from tcpa.train.inspect.config import InspectConfig
 from tcpa.train.inspect.run import run_inspect
-from tcpa.train.run import run
+from tcpa.train.jobs.run import run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome here")

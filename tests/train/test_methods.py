@@ -21,11 +21,11 @@ from tcpa.train.engine.loop import Loop
 from tcpa.train.engine.model import build_model
 from tcpa.train.engine.precision import NUMERICS
 from tcpa.train.engine.pruning import mask_importance
-from tcpa.train.engine.settings import resolve, run_folder
 from tcpa.train.engine.stages import Stages
 from tcpa.train.engine.trainer import Trainer
-from tcpa.train.recipes import METHODS
-from tcpa.train.run import run
+from tcpa.train.jobs.run import run
+from tcpa.train.recipes.recipe import METHODS
+from tcpa.train.recipes.runspec import resolve, run_folder
 
 CPU = World(torch.device("cpu"))
 LARGE = {"sidetune": 64}

@@ -19,11 +19,11 @@ from tcpa.train.engine.meta_prompt import (
     save_meta_prompt,
 )
 from tcpa.train.engine.model import build_model
-from tcpa.train.engine.settings import resolve, run_folder
 from tcpa.train.engine.stages import Stages
 from tcpa.train.engine.step import keep_critical
 from tcpa.train.engine.trainer import Trainer
-from tcpa.train.run import run
+from tcpa.train.jobs.run import run
+from tcpa.train.recipes.runspec import resolve, run_folder
 
 CPU = World(torch.device("cpu"))
 TINY = ARCHITECTURES["vit-tiny"]

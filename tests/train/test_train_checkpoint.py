@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from train_runs import make_config, make_splits
 
 from tcpa.cli import UsageError
-from tcpa.train import run as running
 from tcpa.train.engine.checkpoint import (
     CURRENT,
     PREVIOUS,
@@ -25,7 +24,8 @@ from tcpa.train.engine.checkpoint import (
 )
 from tcpa.train.engine.folder import brief, claim, differences
 from tcpa.train.engine.journal import Journal, read_metrics
-from tcpa.train.run import run
+from tcpa.train.jobs import run as running
+from tcpa.train.jobs.run import run
 
 TENSORS = {
     "model/x": torch.arange(12.0).reshape(3, 4).T,

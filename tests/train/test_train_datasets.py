@@ -12,8 +12,8 @@ import tcpa
 from tcpa.cli import UsageError
 from tcpa.train.engine.datasets import load_splits
 from tcpa.train.engine.distributed import World
-from tcpa.train.engine.settings import resolve
-from tcpa.train.run import run
+from tcpa.train.jobs.run import run
+from tcpa.train.recipes.runspec import resolve
 
 OPTIONS = {"resize": 40, "image_size": 32, "batch_size": 8}
 

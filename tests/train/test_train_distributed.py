@@ -18,7 +18,7 @@ from tcpa.cli import UsageError
 from tcpa.train.engine import distributed
 from tcpa.train.engine.distributed import World
 from tcpa.train.engine.objective import Mixer
-from tcpa.train.engine.settings import resolve
+from tcpa.train.recipes.runspec import resolve
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 

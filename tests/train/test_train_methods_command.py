@@ -8,9 +8,9 @@ from parameter_counts import COUNTS
 from tcpa.bench.costs.model import step
 from tcpa.bench.costs.workload import Workload, total
 from tcpa.train.__main__ import main
-from tcpa.train.methods.command import COLUMNS
-from tcpa.train.methods.costs import BATCH, method_cost
-from tcpa.train.recipes import METHODS, recipe
+from tcpa.train.jobs.method_costs import BATCH, method_cost
+from tcpa.train.jobs.methods import COLUMNS
+from tcpa.train.recipes.recipe import METHODS, recipe
 from tcpa.train.report.paper import ROWS, table
 
 VIT = "vit_base_patch16_224"
@@ -79,7 +79,7 @@ def test_the_csv_has_a_whole_line_for_every_method(capsys) -> None:
 
 def test_the_table_names_every_method_and_its_source(monkeypatch, capsys) -> None:
     monkeypatch.setattr(
-        "tcpa.train.methods.command.METHODS",
+        "tcpa.train.jobs.methods.METHODS",
         {name: METHODS[name] for name in ("full", "vpt-shallow", "vpt+tcpa")},
     )
     assert main(["methods", "--backbone", "test_vit", "--dataset", "vtab-dtd"]) == 0

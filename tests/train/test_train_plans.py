@@ -4,11 +4,10 @@ import pytest
 
 import tcpa
 from tcpa.cli import UsageError
-from tcpa.train.config import SweepConfig
 from tcpa.train.data.vtab_tasks import GROUPS, SEEDS, TASKS
 from tcpa.train.jobs.sweep import jobs_of
 from tcpa.train.jobs.sweep_names import plan
-from tcpa.train.registry import METHODS
+from tcpa.train.recipes.rows import METHODS
 from tcpa.train.report.paper import ROWS, table1, table2
 
 

@@ -11,15 +11,15 @@ from train_runs import make_config
 
 import tcpa
 from tcpa.cli import UsageError
-from tcpa.train.config import (
+from tcpa.train.options.run import (
     RecipesConfig,
     RunConfig,
     SweepConfig,
     TrainOptions,
     parse_normalization,
 )
-from tcpa.train.engine.settings import POOLS, describe, resolve, run_folder
-from tcpa.train.recipes import METHODS, compose, print_recipes, recipe, recipe_rows
+from tcpa.train.recipes.recipe import METHODS, compose, print_recipes, recipe, recipe_rows
+from tcpa.train.recipes.runspec import POOLS, describe, resolve, run_folder
 
 HPARAMS = Path(__file__).parents[1] / "data" / "hparams_hta.csv"
 """What the official scripts pass, one row per dataset."""

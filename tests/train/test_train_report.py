@@ -17,13 +17,13 @@ from written_runs import write_run
 import tcpa
 from tcpa.cli import UsageError
 from tcpa.train.__main__ import main
-from tcpa.train.config import ReportConfig
+from tcpa.train.jobs.run import run
+from tcpa.train.options.run import ReportConfig
 from tcpa.train.report.command import report
 from tcpa.train.report.groups import LABELS, group_runs, names_of, setting_of
 from tcpa.train.report.paper import AVERAGE, ROWS, published, table1
 from tcpa.train.report.runs import read_runs
 from tcpa.train.report.table1 import details, overview
-from tcpa.train.run import run
 
 
 def groups_of(*folders):

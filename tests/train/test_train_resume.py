@@ -20,7 +20,7 @@ from train_runs import make_config, make_splits
 from tcpa.cli import UsageError
 from tcpa.train.engine.checkpoint import CURRENT, load_checkpoint
 from tcpa.train.engine.interruption import noted
-from tcpa.train.run import run
+from tcpa.train.jobs.run import run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked and killed")
 

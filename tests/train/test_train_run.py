@@ -14,7 +14,6 @@ from train_runs import CLASSES, make_config, make_splits
 
 import tcpa
 from tcpa.cli import UsageError
-from tcpa.train import run as running
 from tcpa.train.backbones import load_backbone
 from tcpa.train.engine import progress
 from tcpa.train.engine.checkpoint import CURRENT, load_checkpoint
@@ -22,8 +21,9 @@ from tcpa.train.engine.distributed import World
 from tcpa.train.engine.evaluate import evaluate
 from tcpa.train.engine.folder import differences
 from tcpa.train.engine.precision import NUMERICS
-from tcpa.train.engine.settings import describe, resolve
-from tcpa.train.run import run
+from tcpa.train.jobs import run as running
+from tcpa.train.jobs.run import run
+from tcpa.train.recipes.runspec import describe, resolve
 
 CPU = World(torch.device("cpu"))
 

@@ -15,14 +15,14 @@ from vtab_trees import write_task
 from tcpa.cli import UsageError
 from tcpa.train.__main__ import main
 from tcpa.train.choices import CHOICE, Choice, read_choice
-from tcpa.train.config import RunConfig, SweepConfig
-from tcpa.train.engine.settings import describe, resolve, run_folder
 from tcpa.train.jobs import search as command
 from tcpa.train.jobs.search import DIVERGED, search
 from tcpa.train.jobs.search_grid import grid_of
 from tcpa.train.jobs.search_options import SearchConfig
 from tcpa.train.jobs.sweep import PROGRAM, Job, jobs_of
-from tcpa.train.recipes import recipe
+from tcpa.train.options.run import RunConfig, SweepConfig
+from tcpa.train.recipes.recipe import recipe
+from tcpa.train.recipes.runspec import describe, resolve, run_folder
 
 SMALL = {"backbone": "test_vit", "weights": "none", "image_size": 32, "precision": "fp32",
          "device": "cpu", "tensorboard": False, "epochs": 1, "batch_size": 8}  # fmt: skip

@@ -16,14 +16,14 @@ from train_runs import make_config, make_splits
 
 import tcpa
 from tcpa.cli import UsageError
-from tcpa.train.config import RunConfig, SweepConfig
 from tcpa.train.engine.folder import CONFIG, RESULT
 from tcpa.train.engine.interruption import Interrupted
-from tcpa.train.engine.settings import resolve
-from tcpa.train.files import read_json
 from tcpa.train.jobs import sweep as sweeping
+from tcpa.train.jobs.run import run
 from tcpa.train.jobs.sweep import Conflict, arguments, jobs_of, sweep
-from tcpa.train.run import run
+from tcpa.train.options.run import RunConfig, SweepConfig
+from tcpa.train.recipes.runspec import resolve
+from tcpa.train.storage import read_json
 
 OPTIONS = {"device": "cpu", "backbone": "test_vit", "weights": "none", "epochs": 1}
 

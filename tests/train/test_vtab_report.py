@@ -212,7 +212,7 @@ def test_the_csv_files_have_every_run(reported) -> None:
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory):
     """A report of real runs: one task of each group, two seeds."""
-    from tcpa.train.run import run
+    from tcpa.train.jobs.run import run
 
     root = tmp_path_factory.mktemp("vtab")
     for task in ONE_PER_GROUP:

@@ -9,11 +9,11 @@ from train_runs import SIZE, make_config
 from vtab_trees import ONE_PER_GROUP, write_task
 
 from tcpa.cli import UsageError
-from tcpa.train.config import RunConfig
 from tcpa.train.engine.datasets import load_splits
 from tcpa.train.engine.distributed import World
-from tcpa.train.engine.settings import resolve
-from tcpa.train.run import run
+from tcpa.train.jobs.run import run
+from tcpa.train.options.run import RunConfig
+from tcpa.train.recipes.runspec import resolve
 
 
 def config_of(name, root, **options) -> RunConfig:

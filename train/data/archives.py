@@ -23,7 +23,7 @@ from stat import S_IFDIR, S_IFMT, S_IFREG
 from typing import IO, cast
 
 from ...cli import UsageError
-from ..files import disk_errors
+from ..storage import disk_errors
 
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection is given up."""

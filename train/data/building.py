@@ -16,7 +16,7 @@ from filelock import FileLock
 from safetensors.numpy import save as save_safetensors
 
 from ...cli import UsageError
-from ..files import disk_errors, sync_folder, write_synced
+from ..storage import disk_errors, sync_folder, write_synced
 from .cache import (
     ABOUT,
     FORMAT,

@@ -29,7 +29,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
 from ...cli import UsageError
-from ..files import write_synced
+from ..storage import write_synced
 
 FORMAT = 1
 """Number of the layout; a cache of another is built anew."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ...cli import UsageError
-from ..config import Positional
+from ..options.run import Positional
 from .vtab_tasks import ALL_TASKS, TASKS
 
 

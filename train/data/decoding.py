@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ...cli import UsageError
-from ..files import write_synced
+from ..storage import write_synced
 from .cache import ABOUT, PIXELS, hash_range, planes, resized
 from .pools import Pool
 

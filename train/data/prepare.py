@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from ...cli import UsageError
-from ..files import disk_errors
+from ..storage import disk_errors
 from .archives import BytesProgress, Unreachable, fetch, is_archive, md5_of, unpack
 from .registry import Dataset, SourceFile
 from .splits import DATASETS, FOLDER, NAMES, require_dataset

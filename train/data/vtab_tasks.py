@@ -9,7 +9,7 @@ Benchmark", 2019). The folder read here is the copy that circulates without Tens
 from dataclasses import dataclass
 from typing import Literal
 
-from ..config import VTAB_PREFIX
+from ..options.run import VTAB_PREFIX
 from .registry import Dataset, SourceFile
 
 GroupName = Literal["natural", "specialized", "structured"]

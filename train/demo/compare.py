@@ -21,8 +21,8 @@ from rich.table import Table
 import tcpa
 
 from ...cli import choose_device, require
-from ..files import write_whole
-from ..precision import fast_dtype
+from ..engine.precision import fast_dtype
+from ..storage import write_whole
 from .backbone import load_backbone, normalise, numerics
 from .config import DemoConfig
 from .digits import DigitSplit, converged_probe, make_split

@@ -16,8 +16,8 @@ from typing import Any
 import tcpa
 
 from ...cli import require
-from ..files import read_json
-from ..registry import METHODS
+from ..recipes.rows import METHODS
+from ..storage import read_json
 from .backbone import NORMALIZATION, load_backbone
 from .digits import NUM_CLASSES
 

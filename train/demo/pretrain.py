@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...cli import require_writable
-from ..precision import fast_dtype
+from ..engine.precision import fast_dtype
 from .backbone import build_backbone, normalise, numerics, save_backbone
 from .config import PretrainConfig
 from .generate import FAMILIES, NUM_CLASSES, generate

@@ -15,8 +15,8 @@ import tcpa
 
 from ...cli import UsageError
 from ..engine.distributed import World
+from ..engine.precision import fast_dtype
 from ..engine.record import describe_environment
-from ..precision import fast_dtype
 from .config import DemoConfig
 from .training import BATCH_SIZE, DemoEpoch, DemoOutcome, DemoTask, run_tasks
 

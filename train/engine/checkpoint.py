@@ -17,7 +17,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ...cli import UsageError
-from ..files import write_whole
+from ..storage import write_whole
 
 CURRENT = "checkpoint.safetensors"
 PREVIOUS = "checkpoint-previous.safetensors"

@@ -6,12 +6,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ...cli import UsageError
-from ..config import RunConfig
 from ..data.batches import Batches
 from ..data.cached import CachedSplit, open_cached
 from ..data.crops import Transform
 from ..data.splits import SplitName, training_split
-from ..recipes import Recipe
+from ..options.run import RunConfig
+from ..recipes.recipe import Recipe
 from .distributed import World
 from .inputs import Splits
 from .objective import mixes

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...cli import UsageError
-from ..files import cannot_write, read_json
+from ..storage import cannot_write, read_json
 
 try:
     import fcntl

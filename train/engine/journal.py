@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...cli import UsageError
-from ..files import cannot_write
+from ..storage import cannot_write
 from .folder import BOARD, METRICS
 
 

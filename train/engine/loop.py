@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...cli import UsageError
-from ..config import RunConfig
-from ..recipes import Recipe
+from ..options.run import RunConfig
+from ..recipes.recipe import Recipe
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .distributed import Agreement, World
 from .evaluate import Evaluation, evaluate

@@ -19,7 +19,7 @@ from tcpa.methods.dam_vp import ClusterFramePrompt
 from tcpa.methods.vp import STRIPS
 
 from ...cli import UsageError
-from ..files import write_whole
+from ..storage import write_whole
 from .inputs import Source
 from .randomness import STAGE, derive
 

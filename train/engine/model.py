@@ -10,8 +10,8 @@ from tcpa.blocks import classifier_layers
 
 from ...cli import UsageError
 from ..backbones import BackboneRecord, load_backbone
-from ..config import RunConfig
-from ..recipes import Recipe
+from ..options.run import RunConfig
+from ..recipes.recipe import Recipe
 from .distributed import World
 from .evaluate import Twin
 from .precision import NUMERICS, Numerics, choose_numerics, require_graph

@@ -3,7 +3,7 @@
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 
-from ..recipes import Recipe
+from ..recipes.recipe import Recipe
 from .randomness import numpy_seeded
 
 

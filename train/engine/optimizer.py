@@ -9,7 +9,7 @@ import torch
 import tcpa
 from tcpa.official import official_learning_rate
 
-from ..recipes import Recipe
+from ..recipes.recipe import Recipe
 
 
 def make_optimizer(

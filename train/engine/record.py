@@ -10,7 +10,7 @@ import tcpa
 from tcpa import provenance
 
 from ...cli import UsageError
-from ..files import read_json
+from ..storage import read_json
 from .distributed import World
 from .folder import ENVIRONMENT, brief, differences
 

@@ -8,9 +8,9 @@ from typing import Any
 import tcpa
 
 from ...cli import UsageError
-from ..config import RunConfig
-from ..files import cannot_write, write_json
-from ..recipes import Recipe
+from ..options.run import RunConfig
+from ..recipes.recipe import Recipe
+from ..storage import cannot_write, write_json
 from .folder import ADAPTER, RESULT
 from .journal import Journal, read_metrics
 from .loop import CHOOSES_ON, MEASURED_ON, Loop

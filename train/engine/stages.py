@@ -12,9 +12,9 @@ import tcpa
 from tcpa.methods.e2vpt import E2VPTPrompts
 
 from ...cli import UsageError
-from ..config import RunConfig
 from ..data.batches import local_rows
-from ..recipes import Recipe
+from ..options.run import RunConfig
+from ..recipes.recipe import Recipe
 from .distributed import World
 from .inputs import Source
 from .meta_prompt import load_meta_prompt

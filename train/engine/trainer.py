@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tcpa
 
-from ..recipes import Recipe
+from ..recipes.recipe import Recipe
 from .distributed import World
 from .objective import Mixer
 from .optimizer import make_optimizer, rate_factor

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 from ...cli import UsageError, require
-from ..config import Positional
-from ..option_checks import MAX_SEED
+from ..options.checks import MAX_SEED
+from ..options.run import Positional
 
 EXCLUDED = ("images", "checkpoints", "backbone")
 """Options without a meaning in the demo."""

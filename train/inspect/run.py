@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ...cli import UsageError, choose_device
-from ..files import replace_file
+from ..storage import replace_file
 from .config import InspectConfig
 
 PAGE, NUMBERS, FIGURES = "index.html", "numbers.json", "figures"

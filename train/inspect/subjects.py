@@ -18,8 +18,8 @@ from ..backbones import ALIASES, load_backbone
 from ..demo import backbone as demo
 from ..engine.checkpoint import CURRENT, PREVIOUS, read_checkpoint
 from ..engine.folder import ADAPTER, CONFIG
-from ..files import read_json
 from ..report.runs import SIGNS, finished_result, read_runs
+from ..storage import read_json
 
 BARE = "no prompt"
 METHODS = {

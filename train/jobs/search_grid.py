@@ -6,8 +6,8 @@ from itertools import product
 
 from ...cli import UsageError
 from ..data.vtab_tasks import VTAB
-from ..recipes import SCRIPTS, Recipe, decompose
-from ..registry import METHODS
+from ..recipes.recipe import SCRIPTS, Recipe, decompose
+from ..recipes.rows import METHODS
 from .search_options import SearchConfig
 
 ONLY_VTAB = 0.05

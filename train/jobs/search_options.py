@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 from ...cli import require
-from ..config import Positional, RunConfig, TrainOptions
-from ..option_checks import require_gpus
+from ..options.checks import require_gpus
+from ..options.run import Positional, RunConfig, TrainOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,11 +21,11 @@ import torch
 from rich.console import Console
 
 from ...cli import UsageError, choose_device
-from ..config import RunConfig, SweepConfig, TrainOptions
 from ..engine.folder import CONFIG, LOG, brief, differences, last_words, saved_description
 from ..engine.interruption import Interrupted, raised
-from ..engine.settings import describe, resolve, run_folder
-from ..recipes import Recipe, decompose, require_row
+from ..options.run import RunConfig, SweepConfig, TrainOptions
+from ..recipes.recipe import Recipe, decompose, require_row
+from ..recipes.runspec import describe, resolve, run_folder
 from ..report.command import print_runs
 from ..report.runs import finished_result, read_runs
 from .search_options import SearchConfig

@@ -8,8 +8,8 @@ import tcpa
 from ...cli import require
 from ..data.splits import NAMES, OFFICIAL_SEED
 from ..data.vtab_tasks import ALL_TASKS, GROUPS, SEEDS, TASKS
-from ..recipes import PUBLISHED_METHOD
-from ..registry import METHODS
+from ..recipes.recipe import PUBLISHED_METHOD
+from ..recipes.rows import METHODS
 from ..report.paper import ROWS, table1, table2
 
 SETS: dict[str, Sequence[str]] = {

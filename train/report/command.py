@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from ...cli import UsageError
-from ..config import ReportConfig
-from ..files import replace_file
+from ..options.run import ReportConfig
+from ..storage import replace_file
 from .document import Report, html_page, markdown
 from .groups import Group, Setting, group_runs, names_of, setting_of
 from .runs import Problem, Run, read_runs

@@ -10,7 +10,7 @@ from ...cli import UsageError
 from ..data.vtab_tasks import TASKS
 from ..engine.folder import differences
 from ..engine.loop import MEASURED_ON
-from ..recipes import SCRIPTS, recipe
+from ..recipes.recipe import SCRIPTS, recipe
 from .paper import ROWS, published
 from .runs import Problem, Run
 

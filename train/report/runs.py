@@ -12,7 +12,7 @@ from ..engine.checkpoint import CURRENT
 from ..engine.folder import CONFIG, ENVIRONMENT, LOG, METRICS, RESULT, last_words
 from ..engine.journal import read_metrics
 from ..engine.loop import CHOOSES_ON, MEASURED_ON
-from ..files import read_json
+from ..storage import read_json
 
 BEGUN = (CONFIG, RESULT, METRICS, CURRENT)
 SIGNS = (*BEGUN, LOG)

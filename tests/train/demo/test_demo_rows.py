@@ -23,7 +23,7 @@ from tcpa.train.demo.methods import (
 )
 from tcpa.train.demo.session import DemoScore
 from tcpa.train.demo.training import DemoEpoch, DemoOutcome, build_model, train_epochs
-from tcpa.train.registry import METHODS
+from tcpa.train.recipes.rows import METHODS
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from rich.table import Table
 from ....cli import UsageError, choose_device, require
 from ...demo.session import provenance
 from ...engine.inputs import Splits
-from ...files import cannot_write, write_whole
+from ...storage import cannot_write, write_whole
 from . import datasets, digits
 from .config import DEMO, AblateConfig
 from .figures import draw_study, save

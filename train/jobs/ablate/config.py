@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ....cli import require
-from ...config import Positional, Protocol, RunConfig, TrainOptions
-from ...option_checks import MAX_SEED
+from ...options.checks import MAX_SEED
+from ...options.run import Positional, Protocol, RunConfig, TrainOptions
 
 DEMO = "demo"
 

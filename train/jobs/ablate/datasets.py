@@ -11,11 +11,11 @@ from dataclasses import replace
 import tcpa
 
 from ....cli import UsageError
-from ...config import RunConfig
 from ...engine.inputs import Splits
-from ...engine.settings import resolve
-from ...registry import METHODS, Method
-from ...run import run
+from ...options.run import RunConfig
+from ...recipes.rows import METHODS, Method
+from ...recipes.runspec import resolve
+from ..run import run
 from .config import POOL_OPTIONS, AblateConfig
 from .measured import Measured
 from .studies import Setting, label, shown_name

@@ -22,7 +22,7 @@ from ...demo.session import DemoProgress
 from ...demo.training import DemoOutcome, DemoTask, run_tasks
 from ...engine.folder import brief, differences
 from ...engine.interruption import Interrupted, raised
-from ...files import read_json, write_json
+from ...storage import read_json, write_json
 from .config import DEMO, AblateConfig
 from .measured import Measured
 from .studies import VPT, Setting, label

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...files import write_whole
+from ...storage import write_whole
 from .measured import Summary, mean, spread
 from .studies import Study
 

@@ -4,10 +4,10 @@ import difflib
 import math
 from typing import TYPE_CHECKING
 
-from ..cli import UsageError, require
+from ...cli import UsageError, require
 
 if TYPE_CHECKING:
-    from .config import TrainOptions
+    from .run import TrainOptions
 
 MAX_SEED = 2**63 - 1
 """The largest seed that torch takes."""

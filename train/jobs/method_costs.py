@@ -19,7 +19,7 @@ from tcpa.blocks import classifier_layers
 
 from ...cli import UsageError
 from ..backbones import ALIASES
-from ..recipes import Recipe
+from ..recipes.recipe import Recipe
 
 BATCH = 128
 """Images of the counted pass: what a batch shares is divided among them."""

@@ -14,22 +14,22 @@ from typing import Any
 
 import torch
 
-from .config import RunConfig
-from .engine.datasets import load_splits
-from .engine.distributed import World, join
-from .engine.folder import CONFIG, ENVIRONMENT, RESULT, claim
-from .engine.inputs import Splits
-from .engine.interruption import noted
-from .engine.journal import Journal
-from .engine.loop import Loop
-from .engine.model import BuiltModel, build_model
-from .engine.progress import Display
-from .engine.record import describe_environment, read_starts, require_same_inputs
-from .engine.result import Result, finish, read_result
-from .engine.settings import describe, resolve, run_folder
-from .files import read_json, write_json
-from .recipes import Recipe
-from .report.runs import finished_result
+from ..engine.datasets import load_splits
+from ..engine.distributed import World, join
+from ..engine.folder import CONFIG, ENVIRONMENT, RESULT, claim
+from ..engine.inputs import Splits
+from ..engine.interruption import noted
+from ..engine.journal import Journal
+from ..engine.loop import Loop
+from ..engine.model import BuiltModel, build_model
+from ..engine.progress import Display
+from ..engine.record import describe_environment, read_starts, require_same_inputs
+from ..engine.result import Result, finish, read_result
+from ..options.run import RunConfig
+from ..recipes.recipe import Recipe
+from ..recipes.runspec import describe, resolve, run_folder
+from ..report.runs import finished_result
+from ..storage import read_json, write_json
 
 PIPELINE_BATCHES = 10
 """Batches, at most, over which the rate of the input pipeline alone is measured."""

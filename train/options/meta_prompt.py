@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ...cli import require
-from ..config import RunConfig
+from .run import RunConfig
 
 try:
     from tyro.conf import Positional

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .option_checks import (
+from .checks import (
     check_options,
     parse_normalization,
     require_different,

@@ -11,11 +11,11 @@ import tcpa
 from ...cli import UsageError, require
 from ..backbones import model_name, sha256
 from ..choices import Choice, read_choice, require_conditions
-from ..config import RunConfig
 from ..data.splits import NAMES
 from ..data.vtab_tasks import VTAB
-from ..recipes import Recipe, compose, recipe
-from ..registry import GRID
+from ..options.run import RunConfig
+from .recipe import Recipe, compose, recipe
+from .rows import GRID
 
 DIRECT = {
     "epochs": "epochs",

@@ -17,11 +17,11 @@ from rich.table import Table
 
 import tcpa
 
-from ..cli import require
-from ..methods import INPUT_PROMPTS, TUNINGS
-from .config import RecipesConfig
-from .data.vtab_tasks import SEEDS, VTAB
-from .registry import METHODS, Method
+from ...cli import require
+from ...methods import INPUT_PROMPTS, TUNINGS
+from ..data.vtab_tasks import SEEDS, VTAB
+from ..options.run import RecipesConfig
+from .rows import METHODS, Method
 from .training import PLAIN, Training
 
 PUBLISHED_METHOD = "vfpt+tcpa"

@@ -13,12 +13,12 @@ import tcpa
 
 from ...cli import require
 from ..data.splits import NAMES
-from ..jobs.search_grid import published
-from ..recipes import Recipe, recipe
-from ..registry import METHODS
+from ..options.methods import MethodsConfig
+from ..recipes.recipe import Recipe, recipe
+from ..recipes.rows import METHODS
 from ..report.paper import ROWS
-from .config import MethodsConfig
-from .costs import MethodCost, method_cost
+from .method_costs import MethodCost, method_cost
+from .search_grid import published
 
 OWN_TESTS = "tests of its formulas, sizes and initial values alone"
 """Verification of a method whose row names no other."""

@@ -9,10 +9,10 @@ from ..engine.datasets import load_splits
 from ..engine.distributed import World, join
 from ..engine.meta_prompt import MetaTraining, Task, meta_train, save_meta_prompt
 from ..engine.model import build_model
-from ..engine.settings import resolve
 from ..engine.stages import Stages
 from ..engine.trainer import Trainer
-from .config import MetaPromptConfig
+from ..options.meta_prompt import MetaPromptConfig
+from ..recipes.runspec import resolve
 
 TIMES = 20
 """How often the progress is told."""

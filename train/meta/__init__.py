@@ -1,1 +1,0 @@
-"""Meta-prompts of DAM-VP from several datasets."""

@@ -1,1 +1,0 @@
-"""The list of methods: what each trains, what it costs, where it comes from, what is verified."""

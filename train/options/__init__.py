@@ -1,0 +1,1 @@
+"""Every command's options. Imports nothing heavy, so that --help is quick."""

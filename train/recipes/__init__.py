@@ -1,0 +1,1 @@
+"""What trains a method on a dataset: rows of the tables, official scripts, the resolved run."""
