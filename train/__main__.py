@@ -10,12 +10,12 @@ import textwrap
 from typing import Any
 
 from ..cli import UsageError, command
-from .data.commands import PrepareConfig, VerifyConfig
 from .demo.config import DemoConfig, PretrainConfig, TuneConfig
 from .engine.interruption import Interrupted
 from .inspect.config import InspectConfig
 from .jobs.ablate.config import AblateConfig
 from .jobs.search_options import SearchConfig
+from .options.data import PrepareConfig, VerifyConfig
 from .options.meta_prompt import MetaPromptConfig
 from .options.methods import MethodsConfig
 from .options.run import RecipesConfig, ReportConfig, RunConfig, SweepConfig
@@ -30,8 +30,8 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "methods": (MethodsConfig, ".jobs.methods", "print_methods"),
     "inspect": (InspectConfig, ".inspect.run", "run_inspect"),
     "recipes": (RecipesConfig, ".recipes.recipe", "print_recipes"),
-    "data prepare": (PrepareConfig, ".data.commands", "run_prepare"),
-    "data verify": (VerifyConfig, ".data.commands", "run_verify"),
+    "data prepare": (PrepareConfig, ".data.prepare", "run_prepare"),
+    "data verify": (VerifyConfig, ".data.verify", "run_verify"),
     "demo": (DemoConfig, ".demo.compare", "run_demo"),
     "tune-demo": (TuneConfig, ".demo.tune", "tune"),
     "pretrain-demo": (PretrainConfig, ".demo.pretrain", "pretrain"),

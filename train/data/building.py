@@ -30,8 +30,8 @@ from .cache import (
     open_cache,
     resized_size,
 )
-from .decoding import JOURNAL, Chunk, Progress, decode_rest, decoded, reserve, take_over
-from .pools import Pool, fingerprint
+from .decoding import JOURNAL, Chunk, decode_rest, decoded, reserve, take_over
+from .pools import ImagesProgress, Pool, fingerprint
 
 CHUNK = 256
 """Images that one task decodes: about 50 MB, what a kill can cost each process."""
@@ -57,7 +57,7 @@ def build_cache(
     *,
     resize: int = RESIZE,
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: ImagesProgress | None = None,
     warn: Warn = warn_user,
 ) -> Cache:
     """Return the cache of a pool, building it if it is not there.
@@ -72,7 +72,7 @@ def build_cache(
         label: what to call it.
         resize: shorter side, pixels.
         workers: see `decode`.
-        progress: see `Progress`.
+        progress: see `ImagesProgress`.
         warn: is told of a damaged cache, and of caches that this one replaces.
 
     Raises:
@@ -148,7 +148,7 @@ class _Build:
     staging: Path
     target: Path
 
-    def carry_out(self, workers: int | None, progress: Progress | None) -> None:
+    def carry_out(self, workers: int | None, progress: ImagesProgress | None) -> None:
         with ThreadPoolExecutor(8) as threads:
             sizes = np.array(list(threads.map(self.pool.size, range(len(self.pool)))), np.int64)
         scaled = np.array([resized_size(w, h, self.resize) for w, h in sizes.tolist()], np.int64)

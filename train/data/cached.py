@@ -12,8 +12,7 @@ from torchvision.transforms import functional as transforms
 
 from .building import build_cache, describe
 from .cache import RESIZE, Cache
-from .decoding import Progress
-from .pools import Pool
+from .pools import ImagesProgress, Pool
 from .splits import FOLDER, SplitName, open_split
 from .vtab import Stated
 from .vtab_tasks import VTAB
@@ -117,7 +116,7 @@ def open_cached(
     cache: Path | None = None,
     resize: int = RESIZE,
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: ImagesProgress | None = None,
 ) -> CachedSplit:
     """Open a split and the cache of its images, building that if need be.
 

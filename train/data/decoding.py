@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
@@ -21,7 +21,7 @@ import numpy as np
 from ...cli import UsageError
 from ..storage import write_synced
 from .cache import ABOUT, PIXELS, hash_range, planes, resized
-from .pools import Pool
+from .pools import ImagesProgress, Pool
 
 MAX_WORKERS = 16
 IMAGES_PER_WORKER = 1000
@@ -136,9 +136,6 @@ def _fill(resize: int | None, path: Path, chunk: Chunk) -> str:
 
 JOURNAL = "journal.jsonl"
 
-Progress = Callable[[int, int], None]
-"""Called with the images done and all images."""
-
 
 def take_over(target: Path, staging: Path, chunks: list[Chunk]) -> None:
     """Make an unfinished build of a damaged cache, in which the parts that are whole count.
@@ -203,7 +200,7 @@ def decode_rest(
     chunks: list[Chunk],
     done: dict[str, str],
     workers: int | None,
-    progress: Progress | None,
+    progress: ImagesProgress | None,
 ) -> None:
     """Decode chunks into the file, and note each one once it is on the disk."""
     images = sum(chunk.stop - chunk.start for chunk in chunks)

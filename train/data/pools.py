@@ -26,6 +26,10 @@ UNREADABLE = (
 """What Pillow raises for files that are no images, are cut off or altered."""
 
 
+ImagesProgress = Callable[[int, int], None]
+"""Called with the images done and all images."""
+
+
 class Pool(Protocol):
     """Images in a fixed order, each with a name that a person can find it by."""
 

@@ -2,27 +2,93 @@
 
 import glob
 import shlex
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ...cli import UsageError
+from ..options.data import VerifyConfig
 from .building import cache_key
 from .cache import DamagedCache, open_cache
 from .cached import cache_label, cached_pool, default_cache
-from .pools import FilePool, Listing, Pool
+from .pools import FilePool, ImagesProgress, Listing, Pool
+from .prepare import progress_bar
 from .registry import Dataset
 from .splits import DATASETS, FOLDER, NAMES, SplitName, open_split, read_listing, require_dataset
-from .vtab_tasks import VTAB
+from .vtab_tasks import VTAB, tasks_of
 
 SHOWN = 20
 """Problems of a kind that are listed; further ones are counted."""
 
-Progress = Callable[[int, int], None]
+
+def run_verify(config: VerifyConfig) -> None:
+    """Carry out `tcpa-train data verify`.
+
+    Raises:
+        UsageError: something differs; lists what.
+    """
+    told = []
+    for name in tasks_of(config.name):
+        try:
+            _verify(replace(config, name=name))
+        except UsageError as error:
+            told.append(str(error))
+    if told:
+        raise UsageError("\n".join(told))
+
+
+def _verify(config: VerifyConfig) -> None:
+    with progress_bar("images") as show:
+        found = verify(
+            config.name, config.data, images=config.images, cache=config.cache, progress=show
+        )
+    for (protocol, split), count in found.counts.items():
+        print(f"{config.name} {protocol:8} {split:5} {count:7,} images")
+    if found.source:
+        print(f"{config.name} source: {found.source}")
+    if any(protocol == "honest" for protocol, _ in found.counts):
+        print(
+            "official: train and val as the official code takes them. honest: without overlap, as "
+            "every other --protocol takes them"
+        )
+    for line in found.caches:
+        print(line)
+    told = []
+    if found.problems:
+        told.append(_listed(_difference(config, len(found.problems)), found.problems))
+    if found.damaged:
+        count = len(found.damaged)
+        told.append(_listed(f"got {count} damaged cache{'s' * (count != 1)}", found.damaged))
+    if told:
+        raise UsageError("\n".join(told))
+    state = "can be decoded" if config.images else "is there"
+    known = "" if config.name == "folder" else ", the counts are those of the published dataset"
+    print(
+        f"{config.name}: each of {found.images:,} images of {found.classes} classes {state}{known}"
+    )
+
+
+def _difference(config: VerifyConfig, count: int) -> str:
+    """Say what the problems of a dataset mean, and what to do about them."""
+    if config.name == "folder":
+        problems = f"{count} problem{'s' * (count != 1)}"
+        return (
+            f"{config.data}: got {problems}, expected whole images, a folder for every class; mend "
+            "or remove what is listed"
+        )
+    again = shlex.join(["tcpa-train", "data", "prepare", config.name, "--data", f"{config.data}"])
+    differences = f"{count} difference{'s' * (count != 1)}"
+    return (
+        f"{config.data}: got {config.name} with {differences}, expected the published dataset; "
+        f"remove what differs and run `{again}`"
+    )
+
+
+def _listed(title: str, lines: list[str]) -> str:
+    return "\n  ".join([f"{title}:", *lines])
 
 
 @dataclass(slots=True)
@@ -56,7 +122,7 @@ def verify(
     images: bool = True,
     expected: Dataset | None = None,
     cache: Path | None = None,
-    progress: Progress | None = None,
+    progress: ImagesProgress | None = None,
 ) -> Verification:
     """Compare a dataset with the registry, and its caches with their checksums.
 
@@ -165,7 +231,7 @@ def _other_classes(listing: Listing, expected: Dataset) -> list[str]:
     return _limited(problems)
 
 
-def _other_images(listing: Listing, decode: bool, progress: Progress | None) -> list[str]:
+def _other_images(listing: Listing, decode: bool, progress: ImagesProgress | None) -> list[str]:
     total = sum(len(pool) for pool in listing.pools.values())
     problems: list[str] = []
     done = 0

@@ -115,3 +115,8 @@ def _dataset(name: str, task: VTABTask) -> Dataset:
 
 VTAB: dict[str, Dataset] = {name: _dataset(name, task) for name, task in TASKS.items()}
 """Name -> dataset. All of them come in one archive."""
+
+
+def tasks_of(name: str) -> tuple[str, ...]:
+    """Return the datasets that a name stands for: all tasks, or one dataset."""
+    return tuple(TASKS) if name == ALL_TASKS else (name,)

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tarfile
 import threading
 import zipfile
@@ -20,15 +19,15 @@ from dataset_trees import write_tree, write_vpt_splits
 
 from tcpa import HTA_DATASETS
 from tcpa.cli import UsageError
-from tcpa.train.data import archives as download
+from tcpa.train.data import archives
 from tcpa.train.data.archives import Unreachable, fetch, is_archive, md5_of, unpack
 from tcpa.train.data.cache import PIXELS, note_verified
 from tcpa.train.data.cached import open_cached
-from tcpa.train.data.commands import PrepareConfig, VerifyConfig, run_prepare, run_verify
-from tcpa.train.data.prepare import prepare
+from tcpa.train.data.prepare import prepare, run_prepare
 from tcpa.train.data.registry import HTA
 from tcpa.train.data.splits import open_split
-from tcpa.train.data.verify import verify
+from tcpa.train.data.verify import run_verify, verify
+from tcpa.train.options.data import PrepareConfig, VerifyConfig
 
 CONTENT = bytes(range(256)) * 5000
 
@@ -89,7 +88,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(download, "PAUSE", 0.0)
+    monkeypatch.setattr(archives, "PAUSE", 0.0)
     folder = tmp_path / "served"
     folder.mkdir()
     (folder / "file.tgz").write_bytes(CONTENT)
@@ -574,18 +573,3 @@ def test_a_misspelt_dataset_is_guessed(command, tmp_path) -> None:
         UsageError, match=r"got 'cubb', expected one of dtd, .*; did you mean cub\?"
     ):
         command(config(name="cubb", data=tmp_path))
-
-
-def test_configurations_need_nothing_heavy() -> None:
-    """`--help` has to be quick: the module of the commands loads no torch, scipy or Pillow."""
-    text = Path(sys.modules[PrepareConfig.__module__].__file__).read_text(encoding="utf-8")
-    top = [line for line in text.splitlines() if line.startswith(("import ", "from "))]
-    assert {line.split()[1].split(".")[0] for line in top if not line.startswith("from .")} <= {
-        "sys",
-        "collections",
-        "contextlib",
-        "dataclasses",
-        "pathlib",
-        "shlex",
-        "typing",
-    }
