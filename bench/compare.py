@@ -17,8 +17,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..cli import UsageError, command, require
-from .harness.results import Provenance, Row, load
-from .reporting.data import number
+from .harness.results import Provenance, Row, load, number
 
 THRESHOLD = 0.03
 HIGHER_IS_BETTER = ("share", "speed", "accuracy", "MFU", "HFU")

@@ -5,7 +5,7 @@ from typing import Any
 from .costs.estimate import TEST_IMAGES, TRAIN_IMAGES, Estimate
 from .costs.workload import Workload
 from .hardware import Ceilings
-from .reporting.data import number
+from .harness.results import number
 
 TOP_K = """\
 The top-k changes no product and no tensor: the softmax covers all P prompts, and what a token sees

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .harness.results import Row
-from .reporting.data import Table, number
+from ..train.report.tables import TextTable
+from .harness.results import Row, number
 
 DEVICE = "H200"
 """Part of the name of the device that the targets are for."""
@@ -184,7 +184,7 @@ TARGETS = (
 )  # fmt: skip
 
 
-def targets_table(rows: Sequence[Row]) -> Table:
+def targets_table(rows: Sequence[Row]) -> TextTable:
     """Return all targets with what the rows of an H200 hold."""
     measured = Measured(rows)
     lines = []
@@ -200,6 +200,8 @@ def targets_table(rows: Sequence[Row]) -> Table:
     when = f"measured {dates[0]} to {dates[-1]}" if dates else "nothing has run on one yet"
     conditions = (
         f"NVIDIA {DEVICE}; ViT-B/16 at 224, 36 prompt rows, batch 128, bfloat16; {when}; limits "
-        "are estimates from FLOPs and bytes"
+        "are estimates from FLOPs and bytes."
     )
-    return Table("Targets", conditions, header, lines, text_columns=3)
+    return TextTable(
+        title="Targets", header=header, rows=lines, text_columns=3, notes=(conditions,)
+    )

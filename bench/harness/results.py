@@ -253,3 +253,11 @@ def row_from_json(line: str) -> Row:
     if not all(isinstance(values[name], int | float) for name in numbers):
         raise ValueError("p20, p50 and p80 must be numbers")
     return Row(**{**values, "provenance": Provenance(**values["provenance"])})
+
+
+def number(value: float) -> str:
+    """Return three significant digits, without an exponent where it can be avoided."""
+    if 1000 <= abs(value) < 1e7:
+        return f"{value:,.0f}"
+    exact = f"{value:#.3g}".removesuffix(".")
+    return exact if abs(value) >= 1e-4 or value == 0 else f"{value:.2e}"

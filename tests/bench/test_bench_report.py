@@ -14,7 +14,7 @@ from tcpa.bench.costs.operations import OPERATIONS
 from tcpa.bench.hardware import measured
 from tcpa.bench.harness.case import Shape, standard_shapes
 from tcpa.bench.harness.results import Provenance, Row
-from tcpa.bench.reporting.data import latest, table
+from tcpa.bench.report.data import latest, table
 
 MADE = Provenance(
     device="Synthetic GPU",
@@ -136,8 +136,7 @@ def test_the_report_writes_a_page_that_needs_nothing_else(tmp_path, capsys):
 
 def test_a_page_without_figures_needs_no_matplotlib(tmp_path, capsys, monkeypatch):
     results = save(tmp_path / "results.jsonl", synthetic_rows())
-    for name in ("reporting.figures", "reporting.style"):
-        monkeypatch.delitem(sys.modules, f"tcpa.bench.{name}", raising=False)
+    monkeypatch.delitem(sys.modules, "tcpa.bench.report.figures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     output = ["--output", str(tmp_path / "out")]
     assert cli.main(["report", results, *output]) == 2
@@ -199,7 +198,7 @@ def test_a_table_shows_what_varies_and_tells_the_rest_as_conditions():
     assert shown.header == ["provider", "time, ms"]
     assert shown.rows == [["a", "4.00 (3.88-4.16)"], ["b", "2.00 (1.94-2.08) 2.00x"]]
     for word in ("Synthetic GPU", "b16-224-p36-b128", "30 samples", "as fast as a", "2026-11-21"):
-        assert word in shown.conditions
+        assert word in shown.notes[0]
 
 
 def test_the_best_measured_ceilings_of_each_device_count():

@@ -34,7 +34,7 @@ def step(provider, metric, unit, value):
 
 def measured(rows):
     shown = targets_table(rows)
-    return {line[0]: (line[-2], line[-1]) for line in shown.rows}, shown.conditions
+    return {line[0]: (line[-2], line[-1]) for line in shown.rows}, shown.notes[0]
 
 
 def test_without_rows_of_the_device_nothing_is_claimed():

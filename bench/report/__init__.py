@@ -5,7 +5,7 @@ Usage: tcpa-bench report RESULTS... [--output DIR] [--markdown [FILE]] [--baseli
 
 The latest row of each kind and device counts, whichever file it is in. DIR gets `index.html`, which
 needs nothing else, and every figure as PNG. `--markdown FILE` fills the tables between the markers
-of a README (see `reporting/markdown.py`); without FILE all tables are printed.
+of a README (see `readme.py`); without FILE all tables are printed.
 
 What the figures take from the rows:
 
@@ -27,15 +27,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cli import UsageError, command, require
-from .compare import THRESHOLD, Change, compared, hand_out, load_rows
-from .harness.results import Row
-from .reporting.data import latest
-from .reporting.html import page, read_static
-from .reporting.markdown import all_tables, update
+from ...cli import UsageError, command, require
+from ..compare import THRESHOLD, Change, compared, hand_out, load_rows
+from ..harness.results import Row
+from .data import latest
+from .page import measurements_page, read_static
+from .readme import all_tables, update
 
 if TYPE_CHECKING:
-    from .reporting.style import Drawing
+    from ...inspect.style import Drawing
 
 PRINT = Path("-")
 
@@ -47,7 +47,7 @@ def draw(rows: Sequence[Row]) -> "list[Drawing]":
         UsageError: matplotlib is not installed.
     """
     try:
-        from .reporting.figures import draw_all
+        from .figures import draw_all
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> int:
         changes = compared(load_rows(options.baseline, "--baseline"), rows, THRESHOLD)
     if options.output is not None:
         drawings = [] if options.no_figures else draw(rows)
-        write(options.output, page(rows, drawings, changes=changes, static=static), drawings)
+        text = measurements_page(rows, drawings, changes=changes, static=static)
+        write(options.output, text, drawings)
         print(f"{options.output / 'index.html'}: {len(rows)} values, {len(drawings)} figures")
     if options.markdown == PRINT:
         print(all_tables(rows), end="")

@@ -13,21 +13,39 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from ...cli import UsageError
+from ...inspect.style import COLOURS, INK, STYLE, Drawing, finish, panel
 from ..costs.operations import OPERATIONS
 from ..hardware import Ceilings, in_base_unit, measured
 from ..harness.case import PROMISED, Shape, parse_shape
-from ..harness.results import Row
-from .data import KIND, distinct, grouped, is_floor, number
-from .style import COLOURS, FLOOR, INK, STYLE, Drawing, colours_of, finish
+from ..harness.results import Row, number
+from .data import KIND, distinct, grouped, is_floor
 
 TIMES = ("time", "seconds per epoch")
 MARKERS = {"forward": "o", "backward": "s", "both": "D"}
+OURS, OFFICIAL, FLOOR = COLOURS[1], "#6b6b75", "#9a9aa2"
+OTHERS = (COLOURS[0], *COLOURS[2:7])
+KIND_COLOURS = (*COLOURS[:7], FLOOR)
 
 
 def draw_all(rows: Sequence[Row]) -> list[Drawing]:
     """Draw whatever the rows allow."""
     with matplotlib.rc_context(STYLE):
         return [*_bars(rows), *_rooflines(rows), *_kinds(rows), *_scaling(rows)]
+
+
+def colours_of(providers: Sequence[str]) -> dict[str, str]:
+    """Return a colour per provider: ours, the official algorithm and floors have their own."""
+    others = itertools.cycle(OTHERS)
+    ours = [p for p in providers if p.startswith("tcpa") and not is_floor(p)]
+    found = {}
+    for provider in providers:
+        if is_floor(provider):
+            found[provider] = FLOOR
+        elif provider == "official":
+            found[provider] = OFFICIAL
+        else:
+            found[provider] = OURS if ours and provider == ours[-1] else next(others)
+    return found
 
 
 def main_shape(rows: Sequence[Row]) -> str:
@@ -133,8 +151,7 @@ def _roofline_point(row: Row) -> tuple[float, float] | None:
 
 
 def _roofline(points: list[tuple[Row, float, float]], ceilings: Ceilings, dtype: str) -> Drawing:
-    figure = Figure(figsize=(7.6, 4.2), layout="constrained")
-    axes: Any = figure.subplots()
+    figure, axes = panel((7.6, 4.2))
     ridge = ceilings.flops / ceilings.bandwidth
     low = min(ridge, *(x for _, x, _ in points)) / 2
     high = 2 * max(ridge, *(x for _, x, _ in points))
@@ -173,10 +190,11 @@ def _kinds(rows: Sequence[Row]) -> Iterator[Drawing]:
     for dtype, every in _panels([row for row in rows if row.metric.startswith(KIND)]):
         group = [row for row in every if row.shape == main_shape(every)]
         bars = list(grouped(group, "provider", "mode", "dtype"))
-        figure = Figure(figsize=(7.6, 1.2 + 0.35 * len(bars)), layout="constrained")
-        axes: Any = figure.subplots()
+        figure, axes = panel((7.6, 1.2 + 0.35 * len(bars)))
         left = dict.fromkeys(bars, 0.0)
-        for metric, colour in zip(distinct(group, "metric"), itertools.cycle((*COLOURS, FLOOR))):
+        for metric, colour in zip(
+            distinct(group, "metric"), itertools.cycle((*COLOURS[:7], FLOOR))
+        ):
             for row in (r for r in group if r.metric == metric):
                 bar = row.provider, row.mode, row.dtype
                 axes.barh(bars.index(bar), row.p50, 0.7, left=left[bar], color=colour)

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...cli import UsageError, require, write_results
+from ...train.report.tables import TextTable, to_markdown
 from ..harness.results import Row
 from ..targets import targets_table
-from .data import Table, field_of, table, tables
+from .data import field_of, table, tables
 
 TARGETS_TABLE = "targets"
 CHOSEN_BY = ("command", "operation", "shape", "dtype", "mode", "provider", "metric", "device")
@@ -30,16 +31,9 @@ def _values(row: Row) -> set[str]:
     return {field_of(row, name) for name in CHOSEN_BY}
 
 
-def markdown(shown: Table) -> str:
+def markdown(shown: TextTable) -> str:
     """Return a table in Markdown, its conditions below."""
-    cells = [[_escape(cell) for cell in row] for row in [shown.header, *shown.rows]]
-    rule = ["---" if i < shown.text_columns else "---:" for i in range(len(shown.header))]
-    lines = [f"| {' | '.join(row)} |" for row in [cells[0], rule, *cells[1:]]]
-    return "\n".join(lines) + f"\n\n{shown.conditions}.\n"
-
-
-def _escape(cell: str) -> str:
-    return cell.replace("|", "\\|")
+    return f"{to_markdown(shown)}\n{''.join(shown.notes)}\n"
 
 
 def all_tables(rows: Sequence[Row]) -> str:

@@ -4,11 +4,10 @@ A table has one line per provider, size and mode and one column per metric; what
 everywhere moves into its conditions.
 """
 
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-from ..harness.results import Provenance, Row
+from ...train.report.tables import TextTable
+from ..harness.results import Provenance, Row, number
 
 FLOOR_MARKS = ("no gate", "ungated", "other function", "floor")
 """Words in the name of a provider that computes less than the operation."""
@@ -18,19 +17,6 @@ KIND = "time of "
 
 LINES = ("device", "operation", "shape", "mode", "dtype", "provider")
 COLUMNS = ("metric", "unit")
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Text in lines and columns."""
-
-    title: str
-    conditions: str
-    """What holds for every line."""
-    header: list[str]
-    rows: list[list[str]]
-    text_columns: int
-    """Leading columns that hold words, not numbers."""
 
 
 def is_floor(provider: str) -> bool:
@@ -64,14 +50,6 @@ def grouped(rows: Iterable[Row], *names: str) -> dict[tuple[str, ...], list[Row]
     return groups
 
 
-def number(value: float) -> str:
-    """Return three significant digits, without an exponent where it can be avoided."""
-    if 1000 <= abs(value) < 1e7:
-        return f"{value:,.0f}"
-    exact = f"{value:#.3g}".removesuffix(".")
-    return exact if abs(value) >= 1e-4 or value == 0 else f"{value:.2e}"
-
-
 def quantiles(row: Row) -> str:
     """Return the median and, where there are several samples, p20 to p80."""
     if row.samples < 2:
@@ -79,7 +57,7 @@ def quantiles(row: Row) -> str:
     return f"{number(row.p50)} ({number(row.p20)}-{number(row.p80)})"
 
 
-def tables(rows: Sequence[Row]) -> list[Table]:
+def tables(rows: Sequence[Row]) -> list[TextTable]:
     """Return the tables of every device and command: metrics, and where the time of a step goes."""
     found = []
     for (device, command), group in grouped(rows, "device", "command").items():
@@ -90,7 +68,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     return found
 
 
-def table(rows: Sequence[Row], title: str = "") -> Table:
+def table(rows: Sequence[Row], title: str = "") -> TextTable:
     """Return the table of some rows.
 
     Times are also given as speed against the first provider, unless there is a metric of it.
@@ -114,7 +92,8 @@ def table(rows: Sequence[Row], title: str = "") -> Table:
     titles = [", ".join(filter(None, column)).removeprefix(KIND) for column in columns]
     header = [*varying, *titles]
     conditions = _conditions(rows, varying, base if compared else "")
-    return Table(title, conditions, header, cells, len(varying))
+    notes = (f"{conditions}.",)
+    return TextTable(title=title, header=header, rows=cells, text_columns=len(varying), notes=notes)
 
 
 def _find(rows: Sequence[Row], column: tuple[str, ...]) -> Row | None:
@@ -153,8 +132,3 @@ def versions(made: Provenance) -> str:
         made.date[:10],
     ]
     return ", ".join(filter(None, parts))
-
-
-def slug(text: str) -> str:
-    """Return a text as a part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
