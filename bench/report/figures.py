@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from ...cli import UsageError
-from ...inspect.style import COLOURS, INK, STYLE, Drawing, finish, panel
+from ...inspect.style import COLOURS, INK, Drawing, finish, panel, styled
 from ..costs.operations import OPERATIONS
 from ..hardware import Ceilings, in_base_unit, measured
 from ..harness.case import PROMISED, Shape, parse_shape
@@ -27,10 +26,10 @@ OTHERS = (COLOURS[0], *COLOURS[2:7])
 KIND_COLOURS = (*COLOURS[:7], FLOOR)
 
 
+@styled
 def draw_all(rows: Sequence[Row]) -> list[Drawing]:
     """Draw whatever the rows allow."""
-    with matplotlib.rc_context(STYLE):
-        return [*_bars(rows), *_rooflines(rows), *_kinds(rows), *_scaling(rows)]
+    return [*_bars(rows), *_rooflines(rows), *_kinds(rows), *_scaling(rows)]
 
 
 def colours_of(providers: Sequence[str]) -> dict[str, str]:

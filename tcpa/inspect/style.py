@@ -8,7 +8,7 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,13 +60,14 @@ class Drawing:
 
 
 P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def styled(draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
     """Let a function draw in this style, whatever the user's own is."""
 
     @functools.wraps(draw)
-    def drawn(*args: P.args, **options: P.kwargs) -> "Figure":
+    def drawn(*args: P.args, **options: P.kwargs) -> R:
         import matplotlib
 
         with matplotlib.rc_context(STYLE):
@@ -83,24 +84,20 @@ def panel(size: tuple[float, float], **options: Any) -> tuple["Figure", Any]:
     return figure, figure.subplots(subplot_kw=options)
 
 
+@styled
 def to_png(figure: "Figure") -> bytes:
     """Return a figure as a PNG file."""
-    import matplotlib
-
     data = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(data, format="png", dpi=DPI)
+    figure.savefig(data, format="png", dpi=DPI)
     return data.getvalue()
 
 
+@styled
 def to_svg(figure: "Figure") -> str:
     """Return a figure as one <svg> element for a page."""
-    import matplotlib
-
     text = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
+    figure.savefig(text, format="svg", transparent=True, metadata=nothing)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     return re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)

@@ -5,11 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tcpa.inspect.style import COLOURS, STYLE, panel, to_svg
+from tcpa.inspect.style import COLOURS, panel, styled, to_svg
 
 from .groups import Setting, place_of, setting_of
 from .runs import Run
@@ -26,6 +25,7 @@ class Curves:
     """<svg> elements without any outside reference, in the reader's text colour."""
 
 
+@styled
 def draw(runs: Sequence[Run], names: dict[Setting, str]) -> list[Curves]:
     """Draw the curves of every dataset, a thin line a seed; unfinished runs stop where they are.
 
@@ -39,10 +39,9 @@ def draw(runs: Sequence[Run], names: dict[Setting, str]) -> list[Curves]:
         for place, setting in enumerate(names)
     }
     found = []
-    with matplotlib.rc_context(STYLE):
-        for label, shown in _by_label(runs):
-            figures = [_loss(shown, chosen, names), *_accuracies(shown, chosen, names)]
-            found.append(Curves(label, tuple(map(to_svg, figures))))
+    for label, shown in _by_label(runs):
+        figures = [_loss(shown, chosen, names), *_accuracies(shown, chosen, names)]
+        found.append(Curves(label, tuple(map(to_svg, figures))))
     return found
 
 
