@@ -16,6 +16,9 @@ IMAGE_SIZE = 32
 PATCH_SIZE = 4
 """Side of a patch, pixels: 8 x 8 patches, one for each pixel of an original digit."""
 
+WIDTH = 128
+"""C."""
+
 NORMALIZATION = ((0.5,), (0.5,))
 """Mean and standard deviation of the one grey channel, for values in [0, 1]."""
 
@@ -32,7 +35,7 @@ def build_backbone(num_classes: int = 0) -> VisionTransformer:
         patch_size=PATCH_SIZE,
         in_chans=1,
         num_classes=num_classes,
-        embed_dim=128,
+        embed_dim=WIDTH,
         depth=4,
         num_heads=4,
     )

@@ -9,19 +9,19 @@ order, optimizer, schedule, epochs and batch size. Learning rates and weight dec
 Accuracies are those after the last epoch.
 """
 
-import csv
-import io
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.table import Table
+from matplotlib.figure import Figure
 
 import tcpa
+from tcpa.inspect.style import to_png
 
 from ...cli import choose_device, require
 from ..engine.precision import fast_dtype
+from ..report.tables import TextTable, formatted, to_csv, to_grid, to_markdown
 from ..storage import write_whole
 from .backbone import load_backbone, normalise, numerics
 from .config import DemoConfig
@@ -31,7 +31,6 @@ from .methods import (
     ADAPTED,
     POOLS,
     PROMPT_ROWS,
-    WITH_TCPA,
     DemoMethod,
     DemoRow,
     chosen_methods,
@@ -47,11 +46,10 @@ ADAPTER = "tcpa_adapter"
 WRITTEN = f"metrics.jsonl, curves.png, selection.png and {ADAPTER}"
 
 MARKDOWN, CSV = "methods.md", "methods.csv"
-PLAIN = {"vpt": "vpt-deep"}
-"""Row without TCPA that a row with TCPA is compared with, where its name is not the beginning."""
+SUFFIX, PLAIN = "+tcpa", {"vpt": "vpt-deep"}
+"""A row with TCPA goes with the row that its name begins with, or that this names."""
 
-HEADINGS = ("method", "accuracy, %", "spread, %", "by seed, %", "trained values", "s / epoch")
-HEADINGS += ("rate", "decay")
+MEASURES = ["accuracy, %", "spread, %", "by seed, %", "trainable parameters", "s / epoch"]
 
 QUICK = "--quick: the figures mean nothing."
 
@@ -91,9 +89,11 @@ def _run_methods(config: DemoConfig, device: torch.device) -> list[DemoScore]:
     tasks[-1] = replace(tasks[-1], save_to=config.output / ADAPTER)
     split = make_split(tasks[0].part, device)
     output, scores, outcomes, console = train_all(config, tasks)
-    draw_curves([e for outcome in outcomes for e in outcome.epochs], output.folder / "curves.png")
-    _draw_selection(output.folder, split)
-    console.print(_methods_table(scores))
+    curves = draw_curves([epoch for outcome in outcomes for epoch in outcome.epochs])
+    write_whole(output.folder / "curves.png", to_png(curves))
+    write_whole(output.folder / "selection.png", to_png(_selection(output.folder, split)))
+    shown = _methods_table(scores)
+    console.print(to_grid(shown, shown.title))
     fitted = converged_probe(tasks[0].part, probe_strength())
     output.add("converged probe", accuracy=fitted)
     precision = f"{fast_dtype(device)} on {device}".removeprefix("torch.")
@@ -122,7 +122,7 @@ def _run_methods(config: DemoConfig, device: torch.device) -> list[DemoScore]:
     return scores
 
 
-def _draw_selection(folder: Path, split: DigitSplit) -> None:
+def _selection(folder: Path, split: DigitSplit) -> Figure:
     """Load the saved adapter and draw what it selects on five test images."""
     device = split.test_images.device
     model = tcpa.from_pretrained(folder / ADAPTER, backbone=load_backbone()).to(device)
@@ -138,19 +138,17 @@ def _draw_selection(folder: Path, split: DigitSplit) -> None:
     ]
     captions = [f"a {label},\nread as {digit}" for label, digit in zip(labels, named, strict=True)]
     pixels = (images[:, 0].cpu() - normalise(torch.zeros(()))) / 2
-    draw_selection(pixels.numpy(), captions, gates, folder / "selection.png")
+    return draw_selection(pixels.numpy(), captions, gates)
 
 
-def _methods_table(scores: list[DemoScore]) -> Table:
-    grid = Table(title="Handwritten digits on a frozen ViT pretrained on generated images")
-    grid.add_column("method")
-    for heading in ("accuracy, %", "spread, %", "trained values", "s / epoch"):
-        grid.add_column(heading, justify="right")
-    grid.add_column("implementation")
-    for score in scores:
-        mean, spread, _, *size = _cells(score)
-        grid.add_row(score.method, mean, spread, *size, score.implementation)
-    return grid
+def _methods_table(scores: list[DemoScore]) -> TextTable:
+    by_seed = MEASURES.index("by seed, %")
+    rows = [[score.method, *_cells(score), score.implementation] for score in scores]
+    header = ["method", *MEASURES, "implementation"]
+    for row in (header, *rows):
+        del row[1 + by_seed]
+    title = "Handwritten digits on a frozen ViT pretrained on generated images"
+    return TextTable(title=title, header=header, rows=rows)
 
 
 def verdict(scores: list[DemoScore]) -> list[str]:
@@ -169,7 +167,7 @@ def verdict(scores: list[DemoScore]) -> list[str]:
 def _cells(score: DemoScore) -> list[str]:
     return [
         f"{score.mean:.1f}",
-        "-" if score.spread is None else f"{score.spread:.1f}",
+        formatted(score.spread, ".1f"),
         ", ".join(f"{value:.1f}" for value in score.accuracies),
         f"{score.trainable:,}",
         f"{score.seconds_per_epoch:.2f}",
@@ -185,19 +183,24 @@ def _run_rows(config: DemoConfig, device: torch.device) -> list[DemoScore]:
     tasks = make_tasks(config, device, methods)
     output, scores, _, console = train_all(config, tasks)
     labels = {row.name: row.label for row in rows}
-    lines = [
-        [labels[score.method], *_cells(score), *_settings(method)]
-        for score, method in zip(scores, methods, strict=True)
-    ]
+    shown = TextTable(
+        title="Rows of the paper's tables on handwritten digits",
+        header=["method", *MEASURES, "rate", "decay"],
+        rows=[
+            [
+                labels[score.method],
+                *_cells(score),
+                f"{method.learning_rate:g}",
+                f"{method.weight_decay:g}",
+            ]
+            for score, method in zip(scores, methods, strict=True)
+        ],
+    )
     notes = [*gains(scores, labels), *_row_notes(config, tasks, reasons)]
+    text = "\n".join([to_markdown(shown), *(f"- {note}" for note in notes)]) + "\n"
     write_whole(output.folder / CSV, _csv(scores, labels, methods).encode())
-    write_whole(output.folder / MARKDOWN, _markdown(lines, notes).encode())
-    grid = Table(title="Rows of the paper's tables on handwritten digits")
-    for index, heading in enumerate(HEADINGS):
-        grid.add_column(heading, justify="left" if index == 0 else "right")
-    for line in lines:
-        grid.add_row(*line)
-    console.print(grid)
+    write_whole(output.folder / MARKDOWN, text.encode())
+    console.print(to_grid(shown, shown.title))
     for note in notes:
         console.print(f"- {note}")
     console.print(f"{config.output} holds metrics.jsonl, {MARKDOWN} and {CSV}.")
@@ -233,7 +236,7 @@ def gains(scores: list[DemoScore], labels: dict[str, str]) -> list[str]:
     named = {score.method: score for score in scores}
     lines = []
     for name, score in named.items():
-        base = name.removesuffix(WITH_TCPA)
+        base = name.removesuffix(SUFFIX)
         other = named.get(PLAIN.get(base, base))
         if base != name and other is not None:
             gain, each = score.gain_over(other)
@@ -264,28 +267,15 @@ def _row_notes(config: DemoConfig, tasks: list[DemoTask], reasons: dict[str, str
     ]
 
 
-def _settings(method: DemoMethod) -> list[str]:
-    return [f"{method.learning_rate:g}", f"{method.weight_decay:g}"]
-
-
-def _markdown(lines: list[list[str]], notes: list[str]) -> str:
-    table = [HEADINGS, ["---", *["---:"] * (len(HEADINGS) - 1)], *lines]
-    rows = [f"| {' | '.join(cells)} |" for cells in table]
-    return "\n".join([*rows, "", *(f"- {note}" for note in notes)]) + "\n"
-
-
 def _csv(scores: list[DemoScore], labels: dict[str, str], methods: list[DemoMethod]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     seeds = [f"accuracy_{index}" for index in range(len(scores[0].accuracies))]
     settings = ("trained_values", "seconds_per_epoch", "learning_rate", "weight_decay")
-    writer.writerow(["method", "label", "mean", "spread", *seeds, *settings])
-    for score, method in zip(scores, methods, strict=True):
-        spread = "" if score.spread is None else f"{score.spread:.4f}"
-        writer.writerow(
-            [score.method, labels[score.method], f"{score.mean:.4f}", spread]
-            + [f"{value:.4f}" for value in score.accuracies]
-            + [score.trainable, f"{score.seconds_per_epoch:.4f}"]
-            + [method.learning_rate, method.weight_decay]
-        )
-    return text.getvalue()
+    rows = [
+        [score.method, labels[score.method], f"{score.mean:.4f}"]
+        + ["" if score.spread is None else f"{score.spread:.4f}"]
+        + [f"{value:.4f}" for value in score.accuracies]
+        + [score.trainable, f"{score.seconds_per_epoch:.4f}"]
+        + [method.learning_rate, method.weight_decay]
+        for score, method in zip(scores, methods, strict=True)
+    ]
+    return to_csv(["method", "label", "mean", "spread", *seeds, *settings], rows)

@@ -1,24 +1,21 @@
 """The demo's pictures: training curves, and which prompts the patches select."""
 
-from pathlib import Path
-
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from tcpa.inspect.style import COLOURS, styled
 
 from .training import DemoEpoch
 
-COLOURS = ("#7f7f7f", "#1f77b4", "#d62728")
 
-
-def draw_curves(records: list[DemoEpoch], path: Path) -> None:
+@styled
+def draw_curves(records: list[DemoEpoch]) -> Figure:
     """Draw loss and test accuracy against epochs, one colour a method, one thin line a seed."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, test = figure.subplots(1, 2)
     methods = list(dict.fromkeys(record.method for record in records))
     seeds = list(dict.fromkeys(record.seed for record in records))
-    for method, colour in zip(methods, COLOURS, strict=True):
+    for method, colour in zip(methods, COLOURS, strict=False):
         for seed in seeds:
             run = [r for r in records if (r.method, r.seed) == (method, seed)]
             label = method if seed == seeds[0] else None
@@ -30,12 +27,12 @@ def draw_curves(records: list[DemoEpoch], path: Path) -> None:
     test.set(xlabel="epoch", ylabel="test accuracy, %")
     for axes in (loss, test):
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
+        axes.grid(True)
         for line in axes.lines:
             line.set(linewidth=1, markersize=3)
     test.legend(loc="lower right")
-    figure.suptitle(f"Training on the digits; one line per seed ({len(seeds)})", fontsize=11)
-    save(figure, path)
+    figure.suptitle(f"Training on the digits; one line per seed ({len(seeds)})")
+    return figure
 
 
 def most_varied_block(visible: list[np.ndarray]) -> int:
@@ -47,14 +44,14 @@ def most_varied_block(visible: list[np.ndarray]) -> int:
     return int(np.argmax([block.var(axis=1).mean() for block in visible]))
 
 
-def draw_selection(images: np.ndarray, captions: list[str], gates: list[np.ndarray], path: Path):
+@styled
+def draw_selection(images: np.ndarray, captions: list[str], gates: list[np.ndarray]) -> Figure:
     """Draw which entries of the image pool every patch selected, in the most varied block.
 
     Args:
         images: float `[B, S, S]`, values in [0, 1].
         captions: B short texts.
         gates: bool `[B, L_patch, R]` for every block: patch l of an image sees entry r.
-        path: PNG file to write.
     """
     # Not the last block: after it the head reads the class token only, so what its patches see
     # changes nothing.
@@ -68,22 +65,20 @@ def draw_selection(images: np.ndarray, captions: list[str], gates: list[np.ndarr
     grid = figure.subplots(count, entries + 1, squeeze=False)
     for row, image, caption, selected in zip(grid, images, captions, masks, strict=True):
         row[0].imshow(image, cmap="gray", vmin=0, vmax=1)
-        row[0].set_ylabel(caption, fontsize=9)
+        row[0].set_ylabel(caption)
         for axes, mask in zip(row[1:], selected, strict=True):
             axes.imshow(_tint(image, mask))
-    grid[0, 0].set_title("image", fontsize=9)
+    grid[0, 0].set_title("image")
     for entry, axes in enumerate(grid[0, 1:]):
-        axes.set_title(f"prompt {entry}", fontsize=9)
+        axes.set_title(f"prompt {entry}")
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
     top_k = int(visible[0, 0].sum())
     figure.suptitle(
         f"Prompts that each of the {patches} patches selected in block {block + 1} of "
-        f"{len(gates)}: "
-        f"orange = this patch sees this prompt ({top_k} of {entries} each)",
-        fontsize=10,
+        f"{len(gates)}: orange = this patch sees this prompt ({top_k} of {entries} each)"
     )
-    save(figure, path)
+    return figure
 
 
 def _tint(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -91,10 +86,3 @@ def _tint(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     grey = np.repeat(image[..., None], 3, axis=2)
     orange = 0.45 * grey + 0.55 * np.array([1.0, 0.55, 0.1])
     return np.where(mask[..., None], orange, 0.75 * grey)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, without touching the user's matplotlib state."""
-    FigureCanvasAgg(figure)
-    with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
-        figure.savefig(path, dpi=140)

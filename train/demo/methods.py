@@ -9,7 +9,7 @@ choices.
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import tcpa
 from ...cli import require
 from ..recipes.rows import METHODS
 from ..storage import read_json
-from .backbone import NORMALIZATION, load_backbone
+from .backbone import NORMALIZATION, WIDTH, load_backbone
 from .digits import NUM_CLASSES
 
 ALL = "all"
@@ -38,6 +38,9 @@ POOLS = tcpa.TCPAConfig(
     random_selection_epochs=1,
 )
 
+POOL_SETTINGS = ("cls_top_k", "image_top_k", "random_selection_epochs")
+"""Settings of the pools that rows with TCPA take over."""
+
 PROMPTS: dict[str, tcpa.PromptConfig | None] = {
     "linear probe": None,
     "VPT-deep": tcpa.VPTConfig(length=PROMPT_ROWS),
@@ -46,19 +49,8 @@ PROMPTS: dict[str, tcpa.PromptConfig | None] = {
 """What is compared. VPT-deep and TCPA have as many prompt rows in every block, prompts that are
 trained directly and no dropout, so that the coordination is all that tells them apart."""
 
-WITH_TCPA = "+tcpa"
-"""Ends the names of the rows with TCPA's pools."""
-
-LENGTHS = {"e2vpt": {"length": HALF, "kv_length": HALF}}
-"""Row -> its prompt rows, where they are not `length` alone."""
-
-TUNINGS: dict[str, dict[str, Any]] = {
-    # The demo downloads nothing.
-    "sidetune": {"pretrained": False},
-    # 64 of the 768 channels of the tables' backbone.
-    "adaptformer": {"bottleneck": 64 * 128 // 768},
-}
-"""Row -> what its tuning has of its own on a small backbone."""
+REGISTRY_WIDTH = 768
+"""Width of the backbone for which the rows state their sizes."""
 
 ADAPTED = (
     f"{PROMPT_ROWS} prompt rows a block wherever there are any, without dropout (pools of {HALF} "
@@ -142,12 +134,13 @@ def wrap_backbone(choices: DemoMethod | DemoRow) -> tcpa.PromptedViT:
 def row_of(name: str) -> DemoRow:
     """Return a row of the registry at the size of the demo."""
     row = METHODS[name]
-    prompts: Any = row.prompts("digits")
-    if name.endswith(WITH_TCPA):
-        prompts = replace(POOLS, prompt_transform=prompts.prompt_transform)
-    elif prompts is not None:
-        prompts = replace(prompts, dropout=0.0, **LENGTHS.get(name, {"length": PROMPT_ROWS}))
-    tuning = replace(row.tuning, head="linear", **TUNINGS.get(name, {}))
+    prompts = row.prompts("digits")
+    if prompts is not None:
+        prompts = prompts.resized(PROMPT_ROWS)
+        own = {field: getattr(POOLS, field) for field in POOL_SETTINGS}
+        prompts = prompts.replace(**own) if prompts.has(*POOL_SETTINGS) else prompts
+    tuning = row.tuning.without_download().scaled_to(WIDTH, REGISTRY_WIDTH)
+    tuning = tuning.replace(head="linear")
     return DemoRow(
         name=name, label=row.label, prompts=prompts, input_prompt=row.input_prompt, tuning=tuning
     )

@@ -12,11 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import tcpa
+from tcpa.provenance import commit, device_name, has_changes, now, version
 
 from ...cli import UsageError
-from ..engine.distributed import World
 from ..engine.precision import fast_dtype
-from ..engine.record import describe_environment
 from .config import DemoConfig
 from .training import BATCH_SIZE, DemoEpoch, DemoOutcome, DemoTask, run_tasks
 
@@ -182,12 +181,10 @@ def _header(config: DemoConfig, tasks: list[DemoTask]) -> dict:
 
 def provenance(device: torch.device) -> str:
     """Return date, machine, versions and commit of this process, in one sentence."""
-    found = describe_environment(World(device))
-    machine = f"{os.cpu_count()} CPU cores" if device.type == "cpu" else found["device"]
+    machine = f"{os.cpu_count()} CPU cores" if device.type == "cpu" else device_name(device)
     precision = str(fast_dtype(device)).removeprefix("torch.")
-    commit = found["commit"][:7] or "unknown"
-    changed = " with changes" if found["changed"] else ""
+    changed = " with changes" if has_changes() else ""
     return (
-        f"{found['date'][:10]}, {machine}, {precision}, torch {found['versions']['torch']}, commit "
-        f"{commit}{changed}."
+        f"{now()[:10]}, {machine}, {precision}, torch {version('torch')}, commit "
+        f"{commit(7) or 'unknown'}{changed}."
     )

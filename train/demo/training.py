@@ -70,7 +70,7 @@ def build_model(method: DemoMethod, split: DigitSplit, *, seed: int) -> tcpa.Pro
     device = split.train_images.device
     torch.manual_seed(seed)
     model = wrap_backbone(method).to(device)
-    if isinstance(method.input_prompt, tcpa.DAMVPConfig):
+    if method.input_prompt is not None and method.input_prompt.fits_before(0) == "clusters":
         with numerics(device).context(device):
             model.fit_clusters(split.train_images)
     return model

@@ -269,7 +269,7 @@ def test_verdict_says_when_tcpa_does_not_win() -> None:
 def test_command_prints_one_table(tmp_path, capsys) -> None:
     assert main(["demo", "--quick", "--seeds", "5", "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    for expected in ("linear probe", "VPT-deep", "TCPA", "trained values", "Implementation:"):
+    for expected in ("linear probe", "VPT-deep", "TCPA", "trainable", "Implementation:"):
         assert expected in printed
     assert "seed 5" in printed
     assert "\x1b" not in printed, "control codes outside a terminal"
