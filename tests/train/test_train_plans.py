@@ -7,6 +7,7 @@ from tcpa.cli import UsageError
 from tcpa.train.data.vtab_tasks import GROUPS, SEEDS, TASKS
 from tcpa.train.jobs.sweep import jobs_of
 from tcpa.train.jobs.sweep_names import plan
+from tcpa.train.options.run import SweepConfig
 from tcpa.train.recipes.rows import METHODS
 from tcpa.train.report.paper import ROWS, table1, table2
 
