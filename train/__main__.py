@@ -10,15 +10,15 @@ import textwrap
 from typing import Any
 
 from ..cli import UsageError, command
-from .demo.config import DemoConfig, PretrainConfig, TuneConfig
 from .engine.interruption import Interrupted
 from .inspect.config import InspectConfig
-from .jobs.ablate.config import AblateConfig
-from .jobs.search_options import SearchConfig
+from .options.ablate import AblateConfig
 from .options.data import PrepareConfig, VerifyConfig
+from .options.demo import DemoConfig, PretrainConfig, TuneConfig
 from .options.meta_prompt import MetaPromptConfig
 from .options.methods import MethodsConfig
 from .options.run import RecipesConfig, ReportConfig, RunConfig, SweepConfig
+from .options.search import SearchConfig
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
     "run": (RunConfig, ".jobs.run", "run"),

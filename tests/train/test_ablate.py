@@ -19,11 +19,11 @@ from tcpa.train.engine.interruption import Interrupted
 from tcpa.train.engine.loop import Loop
 from tcpa.train.jobs.ablate import digits
 from tcpa.train.jobs.ablate.command import ablate
-from tcpa.train.jobs.ablate.config import STUDIES, AblateConfig
 from tcpa.train.jobs.ablate.figures import draw_study
 from tcpa.train.jobs.ablate.measured import Measured, summarise
 from tcpa.train.jobs.ablate.studies import label, make_studies
 from tcpa.train.jobs.ablate.tables import cells, conclusions, csv_text, markdown, notes
+from tcpa.train.options.ablate import STUDIES, AblateConfig
 from tcpa.train.recipes.rows import METHODS
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -21,10 +21,10 @@ from tcpa.inspect.style import to_png
 
 from ...cli import choose_device, require
 from ..engine.precision import fast_dtype
+from ..options.demo import DemoConfig
 from ..report.tables import TextTable, formatted, to_csv, to_grid, to_markdown
 from ..storage import write_whole
 from .backbone import load_backbone, normalise, numerics
-from .config import DemoConfig
 from .digits import DigitSplit, converged_probe, make_split
 from .figures import draw_curves, draw_selection
 from .methods import (

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ...cli import require_writable
 from ..engine.precision import fast_dtype
+from ..options.demo import PretrainConfig
 from .backbone import build_backbone, normalise, numerics, save_backbone
-from .config import PretrainConfig
 from .generate import FAMILIES, NUM_CLASSES, generate
 
 CPU = torch.device("cpu")

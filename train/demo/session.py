@@ -16,7 +16,7 @@ from tcpa.provenance import commit, device_name, has_changes, now, version
 
 from ...cli import UsageError
 from ..engine.precision import fast_dtype
-from .config import DemoConfig
+from ..options.demo import DemoConfig
 from .training import BATCH_SIZE, DemoEpoch, DemoOutcome, DemoTask, run_tasks
 
 METRICS = "metrics.jsonl"

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from ...cli import choose_device, require_writable, write_results
+from ..options.demo import TuneConfig
 from ..storage import write_json
-from .config import TuneConfig
 from .digits import FOLDS, best_strength
 from .methods import PROMPTS, DemoMethod, DemoRow, describe, find_rows, tuned_settings
 from .session import DemoProgress

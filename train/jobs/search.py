@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ...cli import UsageError
-from ..choices import Choice, choice_path, conditions_of, write_choice
 from ..engine.folder import LOG
 from ..engine.interruption import Interrupted, raised
+from ..options.search import SearchConfig
+from ..recipes.choices import Choice, choice_path, conditions_of, write_choice
 from ..recipes.runspec import describe, resolve
 from ..storage import read_json, write_json
 from .search_grid import Grid, grid_of
-from .search_options import SearchConfig
 from .sweep import Job, carry_out, devices_of, look_at
 
 DIVERGED = "diverged.json"

@@ -6,9 +6,9 @@ from itertools import product
 
 from ...cli import UsageError
 from ..data.vtab_tasks import VTAB
+from ..options.search import SearchConfig
 from ..recipes.recipe import SCRIPTS, Recipe, decompose
 from ..recipes.rows import METHODS
-from .search_options import SearchConfig
 
 ONLY_VTAB = 0.05
 """Lowest rate of VPT's SGD grid, which it adds for VTAB-1k."""

@@ -24,11 +24,11 @@ from ...cli import UsageError, choose_device
 from ..engine.folder import CONFIG, LOG, brief, differences, last_words, saved_description
 from ..engine.interruption import Interrupted, raised
 from ..options.run import RunConfig, SweepConfig, TrainOptions
+from ..options.search import SearchConfig
 from ..recipes.recipe import Recipe, decompose, require_row
 from ..recipes.runspec import describe, resolve, run_folder
 from ..report.command import print_runs
 from ..report.runs import finished_result, read_runs
-from .search_options import SearchConfig
 from .sweep_names import plan
 
 PROGRAM = (sys.executable, "-m", "tcpa.train", "run")

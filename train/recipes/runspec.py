@@ -10,10 +10,10 @@ import tcpa
 
 from ...cli import UsageError, require
 from ..backbones import model_name, sha256
-from ..choices import Choice, read_choice, require_conditions
 from ..data.splits import NAMES
 from ..data.vtab_tasks import VTAB
 from ..options.run import RunConfig
+from .choices import Choice, read_choice, require_conditions
 from .recipe import Recipe, compose, recipe
 from .rows import GRID
 

@@ -14,7 +14,6 @@ from tcpa.cli import UsageError
 from tcpa.train.__main__ import main
 from tcpa.train.demo import compare, digits, tune
 from tcpa.train.demo.backbone import load_backbone
-from tcpa.train.demo.config import DemoConfig
 from tcpa.train.demo.digits import FOLDS, STRENGTHS, load_digits, make_split
 from tcpa.train.demo.methods import PROMPT_ROWS, PROMPTS, TUNED, chosen_methods, probe_strength
 from tcpa.train.demo.session import DemoOutput, DemoScore
@@ -28,6 +27,7 @@ from tcpa.train.demo.training import (
     train_epochs,
 )
 from tcpa.train.demo.tune import best_pair
+from tcpa.train.options.demo import DemoConfig
 
 CPU = torch.device("cpu")
 PNG = b"\x89PNG\r\n\x1a\n"

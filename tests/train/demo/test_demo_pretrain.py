@@ -12,9 +12,9 @@ from safetensors import safe_open
 
 from tcpa.train.__main__ import main
 from tcpa.train.demo.backbone import WEIGHTS, build_backbone, load_backbone, normalise
-from tcpa.train.demo.config import PretrainConfig
 from tcpa.train.demo.generate import FAMILIES, NUM_CLASSES, blur, generate, splat
 from tcpa.train.demo.pretrain import augment, pretrain
+from tcpa.train.options.demo import PretrainConfig
 
 
 @pytest.fixture(scope="module")

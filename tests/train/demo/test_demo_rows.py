@@ -11,7 +11,6 @@ import tcpa
 from tcpa.cli import UsageError
 from tcpa.train.__main__ import main
 from tcpa.train.demo import compare, methods, tune
-from tcpa.train.demo.config import DemoConfig, TuneConfig
 from tcpa.train.demo.digits import FOLDS, DigitSplit, make_split
 from tcpa.train.demo.methods import (
     PROMPTS,
@@ -23,6 +22,7 @@ from tcpa.train.demo.methods import (
 )
 from tcpa.train.demo.session import DemoScore
 from tcpa.train.demo.training import DemoEpoch, DemoOutcome, build_model, train_epochs
+from tcpa.train.options.demo import DemoConfig, TuneConfig
 from tcpa.train.recipes.rows import METHODS
 
 

@@ -12,9 +12,9 @@ from rich.table import Table
 from ....cli import UsageError, choose_device, require
 from ...demo.session import provenance
 from ...engine.inputs import Splits
+from ...options.ablate import DEMO, AblateConfig
 from ...storage import cannot_write, write_whole
 from . import datasets, digits
-from .config import DEMO, AblateConfig
 from .figures import draw_study, save
 from .measured import Runs, Summary, summarise
 from .studies import Study, make_studies, only, shown_name

@@ -12,11 +12,11 @@ import tcpa
 
 from ....cli import UsageError
 from ...engine.inputs import Splits
+from ...options.ablate import POOL_OPTIONS, AblateConfig
 from ...options.run import RunConfig
 from ...recipes.rows import METHODS, Method
 from ...recipes.runspec import resolve
 from ..run import run
-from .config import POOL_OPTIONS, AblateConfig
 from .measured import Measured
 from .studies import Setting, label, shown_name
 

@@ -15,15 +15,15 @@ import torch
 import tcpa
 
 from ....cli import UsageError, choose_device
-from ...demo.config import EPOCHS
 from ...demo.digits import FOLDS
 from ...demo.methods import PROMPTS, DemoMethod, chosen_methods
 from ...demo.session import DemoProgress
 from ...demo.training import DemoOutcome, DemoTask, run_tasks
 from ...engine.folder import brief, differences
 from ...engine.interruption import Interrupted, raised
+from ...options.ablate import DEMO, AblateConfig
+from ...options.demo import EPOCHS
 from ...storage import read_json, write_json
-from .config import DEMO, AblateConfig
 from .measured import Measured
 from .studies import VPT, Setting, label
 

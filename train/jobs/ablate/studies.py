@@ -12,7 +12,7 @@ from typing import Any
 import tcpa
 
 from ....cli import UsageError, require
-from .config import DEMO, AblateConfig
+from ...options.ablate import DEMO, AblateConfig
 
 Prompts = tcpa.TCPAConfig | tcpa.VPTConfig
 

@@ -6,7 +6,7 @@ import itertools
 import statistics
 from collections.abc import Sequence
 
-from .config import DEMO, AblateConfig
+from ...options.ablate import DEMO, AblateConfig
 from .measured import Summary, mean, spread
 from .studies import Study, shown_name
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from ....cli import require
-from ...options.checks import MAX_SEED
-from ...options.run import Positional, Protocol, RunConfig, TrainOptions
+from ...cli import require
+from .checks import require_different, require_seed
+from .run import Positional, Protocol, RunConfig, TrainOptions
 
 DEMO = "demo"
 
@@ -89,7 +89,7 @@ class AblateConfig(TrainOptions):
     nothing."""
 
     def __post_init__(self) -> None:
-        _require_different("--study", self.study)
+        require_different("--study", self.study)
         for name in self.study:
             near = difflib.get_close_matches(name, STUDIES, n=1)
             hint = f"did you mean {near[0]}?" if near else "choose some of these"
@@ -97,10 +97,9 @@ class AblateConfig(TrainOptions):
         reason = "val or tune: settings are compared on validation images, never on test images"
         usable = self.protocol in ("val", "tune")
         require(usable, "--protocol", self.protocol, reason, "leave it out")
-        _require_different("--seeds", self.seeds)
+        require_different("--seeds", self.seeds)
         for seed in self.seeds:
-            expected = "an integer from 0 to 2**63 - 1"
-            require(0 <= seed <= MAX_SEED, "--seeds", seed, expected, "choose another")
+            require_seed("--seeds", seed)
         for option in ("pool_sizes", "top_ks", "lengths", "match_weights", "cells"):
             _require_values(option, getattr(self, option))
         if self.recipe == DEMO:
@@ -154,19 +153,12 @@ class AblateConfig(TrainOptions):
 
 
 def _require_values(option: str, values: tuple | None) -> None:
-    if values is None:
-        return
     name = f"--{option.replace('_', '-')}"
-    _require_different(name, values)
-    if option == "cells":
+    if values is not None:
+        require_different(name, values)
+    if values is None or option == "cells":
         return
     least = 0 if option == "match_weights" else 1
     usable = all(least <= value < math.inf for value in values)
     shown = ", ".join(map(str, values))
     require(usable, name, shown, f"numbers from {least}", "change them")
-
-
-def _require_different(option: str, values: tuple) -> None:
-    shown = ", ".join(map(str, values)) or "no value"
-    usable = 0 < len(values) == len(set(values))
-    require(usable, option, shown, "one or more different values", "change them")

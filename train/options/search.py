@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 from ...cli import require
-from ..options.checks import require_gpus
-from ..options.run import Positional, RunConfig, TrainOptions
+from .checks import require_different, require_gpus
+from .run import Positional, RunConfig, TrainOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,9 +74,8 @@ class SearchConfig(TrainOptions):
 def _require_grid(option: str, values: tuple[float, ...] | None, *, above: float) -> None:
     if values is None:
         return
-    shown = ", ".join(map(str, values)) or "no value"
-    different = 0 < len(values) == len(set(values))
-    require(different, option, shown, "one or more different values", "change them")
+    require_different(option, values)
+    shown = ", ".join(map(str, values))
     usable = all(math.isfinite(value) and value >= 0 and value > above for value in values)
     bound = "numbers above 0" if above == 0 else "numbers from 0"
     require(usable, option, shown, bound, "change them")

@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..cli import UsageError
-from .engine.folder import differences
-from .storage import read_json, write_json
+from ...cli import UsageError
+from ..engine.folder import differences
+from ..storage import read_json, write_json
 
 CHOICE = "choice.json"
 

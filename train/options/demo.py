@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...cli import require
-
-MAX_SEED = 2**63 - 1
-"""The largest seed that torch takes."""
+from .checks import MAX_SEED, require_seed
 
 EPOCHS, ROW_EPOCHS = 20, 5
 """Passes over the training images: of the demo's three methods, of the rows of the tables."""
@@ -31,21 +29,14 @@ def _require_different(name: str, values: Sequence[object], usable: bool, what: 
     """Check a list of settings; `usable` says whether each of them is one of `what`."""
     require(len(values) > 0, name, "no value", f"different {what}", f"leave {name} out or give one")
     shown = ", ".join(map(str, values))
-    require(
-        usable and len(set(values)) == len(values), name, shown, f"different {what}", "change them"
-    )
+    different = len(set(values)) == len(values)
+    require(usable and different, name, shown, f"different {what}", "change them")
 
 
 def _require_methods(methods: tuple[str, ...] | None) -> None:
     """Check a list of rows as far as that needs no registry."""
     if methods is not None:
-        usable = all(methods)
-        _require_different("--methods", methods, usable, "names of rows, or all")
-
-
-def _require_seeds(seeds: tuple[int, ...]) -> None:
-    usable = all(0 <= seed <= MAX_SEED for seed in seeds)
-    _require_different("--seeds", seeds, usable, "integers from 0 to 2**63 - 1")
+        _require_different("--methods", methods, all(methods), "names of rows, or all")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +66,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         _set_defaults(self, epochs=ROW_EPOCHS if self.methods else EPOCHS)
         _require_count("--epochs", self.num_epochs)
-        _require_seeds(self.seeds)
+        usable = all(0 <= seed <= MAX_SEED for seed in self.seeds)
+        _require_different("--seeds", self.seeds, usable, "integers from 0 to 2**63 - 1")
         _require_methods(self.methods)
 
     @property
@@ -129,11 +121,10 @@ class TuneConfig:
         folds, remedy = self.num_folds, "leave it out for the default"
         require(1 <= folds <= MAX_FOLDS, "--folds", folds, f"1 to {MAX_FOLDS}", remedy)
         usable = all(0 < rate < 10 for rate in self.rates)
-        name, what = "--learning-rates", "numbers between 0 and 10"
-        _require_different(name, self.rates, usable, what)
+        _require_different("--learning-rates", self.rates, usable, "numbers between 0 and 10")
         usable = all(0 <= decay < 10 for decay in self.weight_decays)
-        name, what = "--weight-decays", "numbers from 0 to less than 10"
-        _require_different(name, self.weight_decays, usable, what)
+        expected = "numbers from 0 to less than 10"
+        _require_different("--weight-decays", self.weight_decays, usable, expected)
 
     @property
     def file(self) -> Path:
@@ -195,5 +186,4 @@ class PretrainConfig:
         between = "a number between 0 and 10"
         require(0 < rate < 10, "--learning-rate", rate, between, "the default is 0.001")
         require(0 <= decay < 10, "--weight-decay", decay, f"0 or {between}", "the default is 0.05")
-        usable, expected = 0 <= self.seed <= MAX_SEED, "an integer from 0 to 2**63 - 1"
-        require(usable, "--seed", self.seed, expected, "choose another")
+        require_seed("--seed", self.seed)
