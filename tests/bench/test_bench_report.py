@@ -137,7 +137,8 @@ def test_the_report_writes_a_page_that_needs_nothing_else(tmp_path, capsys):
 def test_a_page_without_figures_needs_no_matplotlib(tmp_path, capsys, monkeypatch):
     results = save(tmp_path / "results.jsonl", synthetic_rows())
     monkeypatch.delitem(sys.modules, "tcpa.bench.report.figures", raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
     output = ["--output", str(tmp_path / "out")]
     assert cli.main(["report", results, *output]) == 2
     assert "report: matplotlib is not installed (extra 'plot'); run: pip" in capsys.readouterr().err
