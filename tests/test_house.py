@@ -392,3 +392,11 @@ def test_python_calls_of_a_forward_pass():
     # Counting that sees nothing would be kept, too.
     assert called["gated_attention"] == len(vit.blocks)
     assert called.total() <= PYTHON_CALLS, f"{called.total()}: {called.most_common(20)}"
+
+
+def test_what_the_library_allocates_is_poisoned():
+    """By the fixture of conftest.py."""
+    library = {"torch": torch, "x": torch.zeros(3), "__name__": "tcpa.kernels.some"}
+    for call in ("torch.empty(9)", "torch.empty_like(x)", "x.new_empty(9)"):
+        assert eval(f"{call}.isnan().all()", library), call
+    assert eval("torch.empty(9, dtype=torch.int32).min()", library) == 2**31 - 1
