@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/installed
-TYPECHECK := build/typecheck/tcpa
-CHECKED := build/typecheck/pyright.txt
+TYPECHECK := build/typecheck
+LINKED := build/links.txt
+CHECKED := build/pyright.txt
 
 .PHONY: demo test lint gpu clean
 .DEFAULT_GOAL := test
@@ -25,11 +26,12 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	# The type checker cannot follow the package mapping of setup.py, nor links to folders, which it
-	# skips without a word: give it copies, and see that it took every file.
-	rm -rf $(TYPECHECK) && mkdir -p $(dir $(TYPECHECK))
-	cp -R tcpa $(TYPECHECK)
-	cp -R kernels train bench $(TYPECHECK)/
+	# The type checker cannot follow the mapping of setup.py: setuptools links every file where it
+	# is imported from. Links to folders would be skipped without a word; see that every file is taken.
+	rm -rf $(TYPECHECK) && mkdir -p build
+	$(PY) -c 'from setuptools.build_meta import build_editable as build; \
+		build("build", {"editable_mode": "strict"})' > $(LINKED) 2>&1 || { cat $(LINKED); exit 1; }
+	mv build/__editable__.tcpa-* $(TYPECHECK)
 	$(VENV)/bin/pyright --stats > $(CHECKED) || { cat $(CHECKED); exit 1; }
 	grep "files checked: $$(find tcpa train bench -name '*.py' | grep -c .)$$" $(CHECKED) \
 		|| { echo "pyright left files out; see $(CHECKED)"; exit 1; }
