@@ -335,10 +335,7 @@ class MatchProblem:
 
     def launcher(self, operation: str) -> Callable[[], object]:
         """Return the function that launches the kernel of an operation."""
-        matching = make_matching(
-            self.x, *self.keys, None, **self.settings, num_prefix_tokens=1, lengths=(1, 1),
-            selection="nearest",
-        )  # fmt: skip
+        matching = make_matching(*self.keys, **self.settings)
         norm = None if self.affine is None else Norm(*self.affine, EPS)
         forward = functools.partial(launch_forward, self.x, *self.keys, None, matching, norm)
         if operation.endswith("_fwd"):

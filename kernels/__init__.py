@@ -8,22 +8,17 @@ checks it on a GPU.
 import torch
 
 try:
-    from .attention_inputs import fits as attention_fits
+    from .attention_inputs import refusal as attention_refusal
     from .common import launch_error
     from .gated_attention import gated_attention
     from .match_prompts import match_prompts
-    from .matching import fits as matching_fits
+    from .matching import refusal as matching_refusal
     from .norm_match import norm_match
 except ModuleNotFoundError as error:
     # Triton exists for Linux only; everything else of the library works without.
     if error.name is None or error.name.partition(".")[0] != "triton":
         raise
     _missing = True
-
-    def _nothing_fits(*_: torch.Tensor) -> bool:
-        return False
-
-    attention_fits = matching_fits = _nothing_fits
 else:
     _missing = False
 
@@ -36,10 +31,10 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 __all__ = [
-    "attention_fits",
+    "attention_refusal",
     "gated_attention",
     "match_prompts",
-    "matching_fits",
+    "matching_refusal",
     "norm_match",
     "unavailable_reason",
 ]

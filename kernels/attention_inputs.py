@@ -1,14 +1,13 @@
 """Arguments of gated attention on the host: checks, strides and sizes that its kernels share."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-from .common import LOG2_E, addressable, precision_of, require_kernel_dtype
-from .launch import DTYPE_CLASSES, Launch, architecture_of, choose_launch
+from .common import LOG2_E, addressable, dtype_error, precision_of, require_launchable
+from .launch import Launch, architecture_of, choose_launch
 
 MIN_HEAD_DIM, MAX_HEAD_DIM, MAX_PROMPTS = 16, 128, 256
 TAIL_ROWS = 16
@@ -140,76 +139,37 @@ def tail_rows(num_queries: int, block_m: int) -> int:
     return TAIL_ROWS if 0 < num_queries % block_m <= TAIL_ROWS < block_m else 0
 
 
-def fits(q: Tensor, k_prompt: Tensor) -> bool:
-    """Tell whether the kernels take tensors of this dtype, head dim and number of prompt rows."""
+def refusal(q: Tensor, k_prompt: Tensor) -> Exception | None:
+    """Return what to raise where the kernels do not take this dtype, head dim or P."""
     head_dim, num_prompts = q.shape[-1], k_prompt.shape[-3]
-    in_range = MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM and num_prompts <= MAX_PROMPTS
-    return q.dtype in DTYPE_CLASSES and in_range
+    expected = None
+    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+        expected = f"q: got head dim {head_dim}, expected {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+    elif num_prompts > MAX_PROMPTS:
+        expected = f"k_prompt: got {num_prompts} prompt rows, expected at most {MAX_PROMPTS}"
+    error = None if expected is None else ValueError(f"{expected}; pass impl='reference'")
+    return dtype_error("q", q) or error
 
 
 def check_inputs(
     q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor, gate: Tensor | None
 ) -> None:
-    """Raise TypeError or ValueError, naming the argument, unless the kernels fit the inputs."""
-    require_kernel_dtype("q", q)
-    _require(q.ndim == 4, "q", f"shape {list(q.shape)}", "[B, Lq, H, D]", "reshape it")
+    """Assert what the kernels rely on, so that none reads past the end of a tensor."""
+    require_launchable(q.device)
+    assert q.ndim == k.ndim == 4 and k_prompt.ndim in (3, 4), (q.shape, k.shape, k_prompt.shape)
+    refused = refusal(q, k_prompt)
+    assert refused is None, refused
     batch, queries, heads, head_dim = q.shape
-    supported = f"a head dim from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
-    in_range = MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM
-    _require(in_range, "q", f"head dim {head_dim}", supported, "pass impl='reference'")
-    tokens, prompts = k.shape[1:2], k_prompt.shape[-3:-2]
-    leading = (batch,) if k_prompt.ndim == 4 else ()
-    expected = {
-        "k": (k, (batch, *tokens, heads, head_dim)),
-        "v": (v, (batch, *tokens, heads, head_dim)),
-        "k_prompt": (k_prompt, (*leading, *prompts, heads, head_dim)),
-        "v_prompt": (v_prompt, (*leading, *prompts, heads, head_dim)),
-    }
-    for name, (tensor, shape) in expected.items():
-        got = f"shape {list(tensor.shape)}"
-        _require(tuple(tensor.shape) == shape, name, got, f"{list(shape)} as in q", "check it")
-        _require(tensor.device == q.device, name, tensor.device, q.device, "move it with .to()")
-        if tensor.dtype != q.dtype:
-            raise TypeError(
-                f"{name}: got {tensor.dtype}, expected {q.dtype}; convert it with .to()"
-            )
+    assert k.shape == v.shape == (batch, k.shape[1], heads, head_dim), (q.shape, k.shape, v.shape)
     num_prompts = k_prompt.shape[-3]
-    few = num_prompts <= MAX_PROMPTS
-    limit = f"at most {MAX_PROMPTS}"
-    _require(few, "k_prompt", f"{num_prompts} prompt rows", limit, "pass impl='reference'")
+    of_prompts = (*(batch,) * (k_prompt.ndim - 3), num_prompts, heads, head_dim)
+    assert k_prompt.shape == v_prompt.shape == of_prompts, (q.shape, k_prompt.shape, v_prompt.shape)
+    alike = {(t.device, t.dtype) for t in (q, k, v, k_prompt, v_prompt)}
+    assert len(alike) == 1, alike
     if gate is not None:
-        _check_gate(gate, (batch, queries, -(-num_prompts // 32)), q.device)
+        assert gate.dtype == torch.int32 and gate.device == q.device, (gate.dtype, gate.device)
+        words = -(-num_prompts // 32)
+        assert gate.shape in ((batch, queries, words), (1, queries, words)), gate.shape
 
 
-def _check_gate(gate: Tensor, shape: tuple[int, int, int], device: torch.device) -> None:
-    if gate.dtype != torch.int32:
-        raise TypeError(f"gate: got {gate.dtype}, expected int32 words; make them with pack_gate")
-    got = f"shape {list(gate.shape)}"
-    fits = tuple(gate.shape) in (shape, (1, *shape[1:]))
-    _require(fits, "gate", got, f"{list(shape)} or batch 1", "pack one bit per prompt row")
-    _require(gate.device == device, "gate", gate.device, device, "move it with .to()")
-
-
-def check_options(scale: float | None, normalize_over: str) -> None:
-    """Check the keyword arguments of gated attention."""
-    if scale is not None:
-        finite = isinstance(scale, int | float) and 0 <= scale < math.inf
-        _require(finite, "scale", repr(scale), "a finite number >= 0", "change it")
-    known = normalize_over in ("all", "visible")
-    _require(known, "normalize_over", repr(normalize_over), "'all' or 'visible'", "choose one")
-
-
-def _require(holds: bool, name: str, got: object, expected: object, remedy: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}: got {got}, expected {expected}; {remedy}")
-
-
-__all__ = [
-    "AttentionInputs",
-    "block_d",
-    "bucket_of",
-    "check_inputs",
-    "check_options",
-    "fits",
-    "tail_rows",
-]
+__all__ = ["AttentionInputs", "block_d", "bucket_of", "check_inputs", "refusal", "tail_rows"]

@@ -121,14 +121,14 @@ def require_launchable(device: torch.device) -> None:
         raise RuntimeError(f"{reason}; pass impl='reference'")
 
 
-def require_kernel_dtype(name: str, tensor: Tensor) -> None:
-    """Raise TypeError unless kernels exist for the dtype of `tensor`."""
-    if tensor.dtype not in DTYPE_CLASSES:
-        supported = "float16, bfloat16 or float32"
-        raise TypeError(
-            f"{name}: got {tensor.dtype}, the kernels expect {supported}; convert it with .to() or "
-            "pass impl='reference'"
-        )
+def dtype_error(name: str, tensor: Tensor) -> TypeError | None:
+    """Return what to raise where no kernel exists for the dtype of `tensor`."""
+    if tensor.dtype in DTYPE_CLASSES:
+        return None
+    return TypeError(
+        f"{name}: got {tensor.dtype}, the kernels expect float16, bfloat16 or float32; convert it "
+        "with .to() or pass impl='reference'"
+    )
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -159,6 +159,7 @@ __all__ = [
     "LOG2_E",
     "addressable",
     "device_guard",
+    "dtype_error",
     "exp2",
     "gate_bits",
     "is_key",
@@ -166,7 +167,6 @@ __all__ = [
     "load_keys",
     "load_tile",
     "precision_of",
-    "require_kernel_dtype",
     "require_launchable",
     "store_tile",
     "visible_prompts",

@@ -24,14 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_inputs import AttentionInputs, check_inputs, check_options
+from .attention_inputs import AttentionInputs, check_inputs
 from .common import (
     device_guard,
     exp2,
     is_key,
     load_keys,
     load_tile,
-    require_launchable,
     store_tile,
     visible_prompts,
 )
@@ -186,6 +185,7 @@ def _gated_attention_op(
     q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor, gate: Tensor | None,
     scale: float, visible: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_inputs(q, k, v, k_prompt, v_prompt, gate)
     return _launch_forward(AttentionInputs.of(q, k, v, k_prompt, v_prompt, gate, scale, visible))
 
 
@@ -259,7 +259,7 @@ def gated_attention(
         Contiguous `[B, Lq, H, D]` of q's dtype.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
+        AssertionError: an argument does not fit (`tcpa.gated_attention` says more).
         RuntimeError: no kernel can be launched on this device.
 
     Numerics:
@@ -269,9 +269,8 @@ def gated_attention(
     Cost:
         4 * B * H * Lq * S * D multiply-adds; nothing of size Lq * S reaches memory.
     """
-    require_launchable(q.device)
-    check_inputs(q, k, v, k_prompt, v_prompt, gate)
-    check_options(scale, normalize_over)
+    assert normalize_over in ("all", "visible"), normalize_over
+    assert scale is None or 0 <= scale < float("inf"), scale
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     tensors = (q, k, v, k_prompt, v_prompt, gate)
     return torch.ops.tcpa.gated_attention(*tensors, scale, normalize_over == "visible")[0]

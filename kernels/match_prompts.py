@@ -7,13 +7,14 @@ Axes: B batch, L tokens, R pool entries, C width, P prompt rows, W = ceil(P / 32
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .match_backward import match_prompts_backward
 from .match_forward import launch_forward
-from .matching import Matching, dense_rows, empty_outputs, make_matching
+from .matching import Matching, check_inputs, dense_rows, empty_outputs, make_matching
 
 
 @torch.library.custom_op("tcpa::match_prompts", mutates_args=())
@@ -21,8 +22,10 @@ def _match_prompts(
     x: Tensor, cls_keys: Tensor, image_keys: Tensor, gate: Tensor | None, numbers: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return distance, gate (empty where one is given), and what the backward needs."""
+    matching = Matching(*numbers)
+    check_inputs(x, cls_keys, image_keys, gate, matching)
     keys = dense_rows(cls_keys), dense_rows(image_keys)
-    return launch_forward(dense_rows(x), *keys, gate, Matching(*numbers), None)[1:]
+    return launch_forward(dense_rows(x), *keys, gate, matching, None)[1:]
 
 
 @_match_prompts.register_fake
@@ -68,12 +71,8 @@ def match_prompts(
     cls_keys: Tensor,
     image_keys: Tensor,
     *,
-    cls_top_k: int,
-    image_top_k: int,
-    num_prefix_tokens: int = 1,
-    lengths: tuple[int, int] = (1, 1),
-    selection: str = "nearest",
     gate: Tensor | None = None,
+    **settings: Any,
 ) -> tuple[Tensor, Tensor]:
     """Select prompts for every token by cosine similarity and measure the match distance.
 
@@ -93,8 +92,7 @@ def match_prompts(
         distance: float32 scalar, differentiable with respect to x and the keys.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it. Pools of more than 64
-            entries belong to impl="reference".
+        AssertionError: an argument does not fit (`tcpa.match_prompts` says more).
         RuntimeError: no kernel can run on the device of x.
 
     Numerics:
@@ -104,10 +102,7 @@ def match_prompts(
     Cost:
         4 B L C R FLOPs on tensor cores (8 for float32 x), one read of x.
     """
-    matching = make_matching(
-        x, cls_keys, image_keys, gate, cls_top_k=cls_top_k, image_top_k=image_top_k,
-        num_prefix_tokens=num_prefix_tokens, lengths=lengths, selection=selection,
-    )  # fmt: skip
+    matching = make_matching(cls_keys, image_keys, **settings)
     distance, made, *_ = _match_prompts(x, cls_keys, image_keys, gate, list(matching))
     return made if gate is None else gate, distance
 

@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .common import require_kernel_dtype, require_launchable
-from .launch import DTYPE_CLASSES, Launch, architecture_of, choose_launch
+from .common import dtype_error, require_launchable
+from .launch import Launch, architecture_of, choose_launch
 
 MAX_POOL = 64
 MAX_WIDTH = 4096
@@ -111,101 +111,85 @@ def dense_rows(tensor: Tensor) -> Tensor:
     return tensor if dense else tensor.contiguous()
 
 
-def _refuse(name: str, got: object, expected: str, remedy: str) -> None:
-    raise ValueError(f"{name}: got {got}, expected {expected}; {remedy}")
-
-
-def fits(x: Tensor, cls_keys: Tensor, image_keys: Tensor) -> bool:
-    """Tell whether the kernels take tensors of these dtypes, this width and these pools."""
-    known = all(t.dtype in DTYPE_CLASSES for t in (x, cls_keys, image_keys))
-    pools = max(cls_keys.shape[0], image_keys.shape[0])
-    return known and pools <= MAX_POOL and 1 <= x.shape[-1] <= MAX_WIDTH
-
-
-def check_tensors(x: Tensor, cls_keys: Tensor, image_keys: Tensor) -> None:
-    """Raise unless the kernels take these tensors; the message names what to do."""
-    if not torch.compiler.is_compiling():
-        # The interpreter's switch cannot be traced; a launch that cannot be made still raises.
-        require_launchable(x.device)
-    for name, tensor, ndim in (
-        ("x", x, 3),
-        ("cls_keys", cls_keys, 2),
-        ("image_keys", image_keys, 2),
-    ):
-        require_kernel_dtype(name, tensor)
-        if tensor.ndim != ndim:
-            axes = "[B, L, C]" if ndim == 3 else "[R, C]"
-            _refuse(name, f"shape {list(tensor.shape)}", axes, "reshape it")
-        if tensor.device != x.device:
-            _refuse(name, f"device {tensor.device}", f"{x.device} as x", "move it with .to()")
-        if tensor.shape[-1] != x.shape[-1]:
-            _refuse(name, f"width {tensor.shape[-1]}", f"{x.shape[-1]} as x", "resize the keys")
-        if ndim == 2 and tensor.shape[0] > MAX_POOL:
-            expected = f"at most {MAX_POOL} entries"
-            _refuse(name, f"{tensor.shape[0]} pool entries", expected, "pass impl='reference'")
-    if not 1 <= x.shape[2] <= MAX_WIDTH:
-        _refuse("x", f"width {x.shape[2]}", f"1 to {MAX_WIDTH}", "pass impl='reference'")
-    if x.shape[0] * x.shape[1] > MAX_TOKENS:
-        _refuse("x", f"{x.shape[0] * x.shape[1]} tokens", "fewer than 2 ** 31", "split the batch")
-
-
-def check_affine(x: Tensor, **parameters: Tensor | None) -> None:
-    """Raise unless the parameters of a LayerNorm over C fit x."""
-    for name, tensor in parameters.items():
-        if tensor is None:
-            continue
-        require_kernel_dtype(name, tensor)
-        if tuple(tensor.shape) != (x.shape[2],):
-            expected = f"[{x.shape[2]}], the width of x"
-            _refuse(name, f"shape {list(tensor.shape)}", expected, "normalise over C alone")
-        if tensor.device != x.device:
-            _refuse(name, f"device {tensor.device}", f"{x.device} as x", "move it with .to()")
+def refusal(
+    x: Tensor,
+    cls_keys: Tensor,
+    image_keys: Tensor,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Exception | None:
+    """Return what to raise where the kernels do not take tensors like these."""
+    affine = [(n, t) for n, t in (("weight", weight), ("bias", bias)) if t is not None]
+    for name, tensor in (("x", x), ("cls_keys", cls_keys), ("image_keys", image_keys), *affine):
+        error = dtype_error(name, tensor)
+        if error is not None:
+            return error
+    for name, keys in (("cls_keys", cls_keys), ("image_keys", image_keys)):
+        if keys.shape[0] > MAX_POOL:
+            return ValueError(
+                f"{name}: got {keys.shape[0]} pool entries, expected at most {MAX_POOL} entries; "
+                "pass impl='reference'"
+            )
+    batch, tokens, width = x.shape
+    if not 1 <= width <= MAX_WIDTH:
+        return ValueError(f"x: got width {width}, expected 1 to {MAX_WIDTH}; pass impl='reference'")
+    if batch * tokens > MAX_TOKENS:
+        return ValueError(
+            f"x: got {batch * tokens} tokens, expected fewer than 2 ** 31; split the batch"
+        )
+    for name, tensor in affine:
         if torch.is_grad_enabled() and tensor.requires_grad:
-            got, expected = "a tensor that requires grad", "a frozen one (it gets no gradient)"
-            _refuse(name, got, expected, "call requires_grad_(False) or normalise outside")
+            return ValueError(
+                f"{name}: got a tensor that requires grad, expected a frozen one (it gets no "
+                "gradient); call requires_grad_(False) or normalise outside"
+            )
+    return None
 
 
-def check_matching(x: Tensor, matching: Matching, gate: Tensor | None) -> None:
-    """Raise unless the numbers and the given gate fit the pools."""
-    limits = (
-        ("cls_top_k", matching.cls_top_k, 0, matching.cls_pool),
-        ("image_top_k", matching.image_top_k, 0, matching.image_pool),
-        ("num_prefix_tokens", matching.num_prefix, 0, x.shape[1]),
-        ("lengths[0]", matching.cls_length, 1, 2**20),
-        ("lengths[1]", matching.image_length, 1, 2**20),
-    )
-    for name, value, low, high in limits:
-        if not low <= value <= high:
-            _refuse(name, value, f"{low} to {high}", "choose a number in range")
-    if gate is None:
-        return
-    if gate.dtype != torch.int32:
-        raise TypeError(f"gate: got {gate.dtype}, expected int32 words; make them with pack_gate")
-    expected = (x.shape[0], x.shape[1], matching.num_words)
-    if tuple(gate.shape) != expected:
-        remedy = "one word holds 32 prompt rows"
-        _refuse("gate", f"shape {list(gate.shape)}", f"{list(expected)}, [B, L, W]", remedy)
-    if gate.device != x.device:
-        _refuse("gate", f"device {gate.device}", f"{x.device} as x", "move it with .to()")
-
-
-def make_matching(
+def check_inputs(
     x: Tensor,
     cls_keys: Tensor,
     image_keys: Tensor,
     gate: Tensor | None,
+    matching: Matching,
+    norm: Norm | None = None,
+) -> None:
+    """Assert what the kernels rely on, so that none reads past the end of a tensor."""
+    require_launchable(x.device)
+    assert x.ndim == 3, x.shape
+    batch, tokens, width = x.shape
+    weight, bias, _ = norm or Norm(None, None, 0.0)
+    refused = refusal(x, cls_keys, image_keys, weight=weight, bias=bias)
+    assert refused is None, refused
+    assert cls_keys.shape == (matching.cls_pool, width), (x.shape, cls_keys.shape)
+    assert image_keys.shape == (matching.image_pool, width), (x.shape, image_keys.shape)
+    assert 0 <= matching.cls_top_k <= matching.cls_pool, matching
+    assert 0 <= matching.image_top_k <= matching.image_pool, matching
+    assert 0 <= matching.num_prefix <= tokens, matching
+    assert 1 <= matching.cls_length <= 2**20 and 1 <= matching.image_length <= 2**20, matching
+    for parameter in (weight, bias):
+        assert parameter is None or parameter.shape == (width,), parameter.shape
+    if gate is not None:
+        assert gate.dtype == torch.int32, gate.dtype
+        assert gate.shape == (batch, tokens, matching.num_words), gate.shape
+    given = [t for t in (cls_keys, image_keys, weight, bias, gate) if t is not None]
+    assert all(t.device == x.device for t in given), [t.device for t in given]
+
+
+def make_matching(
+    cls_keys: Tensor,
+    image_keys: Tensor,
     *,
     cls_top_k: int,
     image_top_k: int,
-    num_prefix_tokens: int,
-    lengths: tuple[int, int],
-    selection: str,
+    num_prefix_tokens: int = 1,
+    lengths: tuple[int, int] = (1, 1),
+    selection: str = "nearest",
 ) -> Matching:
-    """Check the arguments of a matching and collect its numbers."""
-    check_tensors(x, cls_keys, image_keys)
-    if selection not in ("nearest", "farthest"):
-        _refuse("selection", repr(selection), "'nearest' or 'farthest'", "choose one of them")
-    matching = Matching(
+    """Collect the numbers of a matching."""
+    assert selection in ("nearest", "farthest"), selection
+    return Matching(
         cls_pool=cls_keys.shape[0],
         image_pool=image_keys.shape[0],
         cls_top_k=cls_top_k,
@@ -215,5 +199,3 @@ def make_matching(
         image_length=lengths[1],
         farthest=selection == "farthest",
     )
-    check_matching(x, matching, gate)
-    return matching

@@ -8,6 +8,7 @@ Axes: B batch, L tokens, R pool entries, C width, P prompt rows, W = ceil(P / 32
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from .match_backward import match_prompts_backward
 from .match_forward import launch_forward
 from .match_prompts import split_dkeys
-from .matching import Matching, Norm, check_affine, dense_rows, empty_outputs, make_matching
+from .matching import Matching, Norm, check_inputs, dense_rows, empty_outputs, make_matching
 
 
 @torch.library.custom_op("tcpa::norm_match", mutates_args=())
@@ -30,9 +31,10 @@ def _norm_match(
     numbers: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return normed rows, distance, gate (empty where one is given), and the backward's needs."""
-    norm = Norm(weight, bias, eps)
+    matching, norm = Matching(*numbers), Norm(weight, bias, eps)
+    check_inputs(x, cls_keys, image_keys, gate, matching, norm)
     keys = dense_rows(cls_keys), dense_rows(image_keys)
-    return tuple(launch_forward(dense_rows(x), *keys, gate, Matching(*numbers), norm))
+    return tuple(launch_forward(dense_rows(x), *keys, gate, matching, norm))
 
 
 @_norm_match.register_fake
@@ -75,12 +77,8 @@ def norm_match(
     cls_keys: Tensor,
     image_keys: Tensor,
     *,
-    cls_top_k: int,
-    image_top_k: int,
-    num_prefix_tokens: int = 1,
-    lengths: tuple[int, int] = (1, 1),
-    selection: str = "nearest",
     gate: Tensor | None = None,
+    **settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise every token and match it with the prompt pools.
 
@@ -97,7 +95,7 @@ def norm_match(
         gate, distance: as in `match_prompts`.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, or weight or bias requires a gradient.
+        AssertionError: an argument does not fit (`tcpa.norm_match` says more).
         RuntimeError: no kernel can run on the device of x.
 
     Numerics:
@@ -107,11 +105,7 @@ def norm_match(
     Cost:
         One read of x and one write of the normed rows.
     """
-    matching = make_matching(
-        x, cls_keys, image_keys, gate, cls_top_k=cls_top_k, image_top_k=image_top_k,
-        num_prefix_tokens=num_prefix_tokens, lengths=lengths, selection=selection,
-    )  # fmt: skip
-    check_affine(x, weight=weight, bias=bias)
+    matching = make_matching(cls_keys, image_keys, **settings)
     normed, distance, made, *_ = _norm_match(
         x, weight, bias, eps, cls_keys, image_keys, gate, list(matching)
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -46,18 +47,10 @@ def require_gate(gate: object, layout: str = "[..., W]") -> None:
     require_dtype("gate", gate, torch.int32, f"gate words {layout}", "make them with pack_gate")
 
 
-def require_same(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
-    """Check that two tensors share device and dtype."""
-    remedy = f"move {name} with .to({like_name}.device)"
-    require(value.device == like.device, name, f"device {value.device}", f"{like.device}", remedy)
-    remedy = f"convert with .to({like_name}.dtype) or call under torch.autocast"
-    require(value.dtype == like.dtype, name, f"{value.dtype}", f"{like.dtype}", remedy)
-
-
-def require_same_device(name: str, value: Tensor, x: Tensor) -> None:
-    """Check that `value` is where `x` is."""
-    got, remedy = f"device {value.device}", f"move {name} with .to(x.device)"
-    require(value.device == x.device, name, got, f"{x.device}", remedy)
+def require_same_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """Check that two tensors share a device."""
+    got, remedy = f"device {value.device}", f"move {name} with .to({like_name}.device)"
+    require(value.device == like.device, name, got, f"{like.device}", remedy)
 
 
 def require_shape(name: str, value: Tensor, expected: tuple[int, ...], layout: str) -> None:
@@ -66,13 +59,22 @@ def require_shape(name: str, value: Tensor, expected: tuple[int, ...], layout: s
     require(tuple(value.shape) == expected, name, got, f"{list(expected)} ({layout})", "check it")
 
 
+def closest(word: object, choices: Iterable[str]) -> str | None:
+    """Return the choice that is spelt most like `word`, if any is near."""
+    return next(iter(difflib.get_close_matches(str(word), list(choices), n=1)), None)
+
+
+def did_you_mean(word: object, choices: Iterable[str], otherwise: str = "") -> str:
+    """Return "did you mean 'x'?" with the choice nearest to `word`, or `otherwise`."""
+    near = closest(word, choices)
+    return otherwise if near is None else f"did you mean {near!r}?"
+
+
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Check that `value` is one of a few words; suggests the nearest one."""
-    if isinstance(value, str) and value in choices:
-        return
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "choose one of these"
-    require(False, name, repr(value), " or ".join(map(repr, choices)), hint)
+    if not isinstance(value, str) or value not in choices:
+        hint = did_you_mean(value, choices, "choose one of these")
+        require(False, name, repr(value), " or ".join(map(repr, choices)), hint)
 
 
 def require_int(name: str, value: Any, low: int, high: int | None = None) -> None:

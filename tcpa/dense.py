@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import NormalizeOver, unpack_gate
+from .reference import NormalizeOver, unpack_bits
 
 
 def gated_attention_dense(
@@ -31,7 +31,7 @@ def gated_attention_dense(
 ) -> Tensor:
     """Compute `gated_attention`; takes the same arguments and trusts them."""
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    hidden = None if gate is None else ~unpack_gate(gate, k_prompt.shape[-3])[:, None]
+    hidden = None if gate is None else ~unpack_bits(gate, k_prompt.shape[-3])[:, None]
     # [B, L, H, D] -> [B, H, L, D]; shared prompts [P, H, D] -> [H, P, D].
     tokens = (t.transpose(1, 2) for t in (q, k, v))
     prompts = (t.transpose(-3, -2) for t in (k_prompt, v_prompt))

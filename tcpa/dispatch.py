@@ -1,6 +1,7 @@
 """Which implementation computes an operation: the choice, its reason, and autocast around it."""
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ def choose_impl(
     *,
     dtype: torch.dtype = torch.float32,
     num_tokens: int | None = None,
-) -> tuple[str, str]:
+) -> tuple[Impl, str]:
     """Resolve `impl` for a device and a size.
 
     Args:
@@ -66,39 +67,59 @@ def choose_impl(
         raise TypeError(f"device: got {device!r}, expected a torch.device; pass torch.device(...)")
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype: got {dtype!r}, expected a torch.dtype; pass torch.float32, ...")
-    if impl in ("reference", "dense"):
-        return impl, "asked for"
-    no_triton, no_sdpa = kernels.unavailable_reason(device), sdpa.unavailable_reason(device)
+    return _choose(impl, device, dtype, num_tokens)
+
+
+def _choose(
+    impl: Impl, device: torch.device, dtype: torch.dtype, num_tokens: int | None
+) -> tuple[Impl, str]:
     if impl == "auto":
-        if device.type != "cuda":
-            # Triton's interpreter could run them on the CPU; it is for tests.
-            no_triton = f"tensors are on {device.type!r}; Triton kernels need a CUDA or ROCm device"
-        elif no_triton is None and dtype == torch.float64:
-            no_triton = "the kernels compute in float32 at most"
-        if no_triton is None:
-            return "triton", "kernels can run here"
-        # Measured on 2 cores with native bfloat16, forward and backward, against "sdpa": at L = 65
-        # 0.2x the time, 197 0.35x, 257 0.6x, 577 1.0x; in float32 at L = 197 1.0x.
-        short = num_tokens is not None and num_tokens < SHORT and dtype.itemsize == 2
-        if device.type == "cpu" and short:
-            return "dense", f"{no_triton}; the fastest for {num_tokens} tokens in {dtype}"
-        return ("sdpa", no_triton) if no_sdpa is None else ("reference", no_triton)
-    reason = no_triton if impl == "triton" else no_sdpa
+        return _choose_fastest(device, dtype, num_tokens)
+    reason = None
+    if impl == "triton":
+        reason = kernels.unavailable_reason(device)
+    elif impl == "sdpa":
+        reason = sdpa.unavailable_reason(device)
     if reason is not None:
         raise RuntimeError(f"impl={impl!r} cannot run: {reason}; pass impl='auto' or 'reference'")
     return impl, "asked for"
 
 
-def resolve(impl: Impl, x: Tensor, num_tokens: int, fits: bool) -> str:
+def _choose_fastest(
+    device: torch.device, dtype: torch.dtype, num_tokens: int | None
+) -> tuple[Impl, str]:
+    if device.type != "cuda":
+        # Triton's interpreter could run them on the CPU; it is for tests.
+        no_triton = f"tensors are on {device.type!r}; Triton kernels need a CUDA or ROCm device"
+    elif dtype == torch.float64:
+        no_triton = kernels.unavailable_reason(device) or "the kernels compute in float32 at most"
+    else:
+        no_triton = kernels.unavailable_reason(device)
+    if no_triton is None:
+        return "triton", "kernels can run here"
+    if device.type != "cpu":
+        return "reference", no_triton
+    # Measured on 2 cores with native bfloat16, forward and backward, against "sdpa": at L = 65
+    # 0.2x the time, 197 0.35x, 257 0.6x, 577 1.0x; in float32 at L = 197 1.0x.
+    if num_tokens is not None and num_tokens < SHORT and dtype.itemsize == 2:
+        return "dense", f"{no_triton}; the fastest for {num_tokens} tokens in {dtype}"
+    return "sdpa", no_triton
+
+
+def resolve(
+    impl: Impl, x: Tensor, num_tokens: int, refusal: Callable[[], Exception | None]
+) -> Impl:
     """Choose an implementation and log an automatic choice once.
 
-    `fits` says whether the kernels take tensors like these. Asked for by name, they refuse others
-    themselves, with the reason.
+    `refusal` returns what to raise where the kernels do not take tensors like these.
     """
-    choice = choose_impl(impl, x.device, dtype=x.dtype, num_tokens=num_tokens)
-    if impl == "auto" and choice[0] == "triton" and not fits:
-        choice = "reference", "beyond the sizes of the kernels"
-    if impl == "auto" and not torch.compiler.is_compiling() and choice not in _announced:
-        _announced.add(choice)
-        _log.info("implementation: %s (%s)", *choice)
-    return choice[0]
+    chosen, reason = _choose(impl, x.device, x.dtype, num_tokens)
+    refused = refusal() if chosen == "triton" else None
+    if refused is not None:
+        if impl == "triton":
+            raise refused
+        chosen, reason = "reference", "beyond the sizes of the kernels"
+    if impl == "auto" and not torch.compiler.is_compiling() and (chosen, reason) not in _announced:
+        _announced.add((chosen, reason))
+        _log.info("implementation: %s (%s)", chosen, reason)
+    return chosen

@@ -1,8 +1,11 @@
-"""The operations of TCPA: public entries that check their arguments and call an implementation.
+"""The operations of TCPA: public entries check arguments, `*_unchecked` choose how to compute.
 
 `match_prompts` says which prompts every token may see, `gated_attention` attends accordingly;
-`norm_match` is the block's LayerNorm and `match_prompts` in one kernel.
+`norm_match` is the block's LayerNorm and `match_prompts` in one kernel. The model calls the
+unchecked forms, which take the same arguments.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +19,12 @@ from .checks import (
     require_int,
     require_int_pair,
     require_number,
-    require_same,
     require_same_device,
     require_shape,
     require_tensor,
 )
 from .dense import gated_attention_dense
-from .dispatch import Impl, autocast_dtype, resolve, without_autocast
+from .dispatch import IMPLS, Impl, autocast_dtype, resolve, without_autocast
 from .reference import (
     NormalizeOver,
     Selection,
@@ -90,16 +92,27 @@ def match_prompts(
     _check_matching(
         x, cls_keys, image_keys, cls_top_k, image_top_k, num_prefix_tokens, lengths, selection, gate
     )
-    options = {
-        "cls_top_k": cls_top_k,
-        "image_top_k": image_top_k,
-        "num_prefix_tokens": num_prefix_tokens,
-        "lengths": lengths,
-        "selection": selection,
-        "gate": gate,
-    }
-    fits = kernels.matching_fits(x, cls_keys, image_keys)
-    if resolve(impl, x, x.shape[1], fits) == "triton":
+    require_choice("impl", impl, IMPLS)
+    return match_prompts_unchecked(
+        x,
+        cls_keys,
+        image_keys,
+        cls_top_k=cls_top_k,
+        image_top_k=image_top_k,
+        num_prefix_tokens=num_prefix_tokens,
+        lengths=lengths,
+        selection=selection,
+        gate=gate,
+        impl=impl,
+    )
+
+
+def match_prompts_unchecked(
+    x: Tensor, cls_keys: Tensor, image_keys: Tensor, *, impl: Impl = "auto", **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Compute `match_prompts`; trusts its arguments."""
+    name = resolve(impl, x, x.shape[1], lambda: kernels.matching_refusal(x, cls_keys, image_keys))
+    if name == "triton":
         return kernels.match_prompts(x, cls_keys, image_keys, **options)
     with without_autocast(x.device):
         return match_prompts_reference(x, cls_keys, image_keys, **options)
@@ -154,10 +167,6 @@ def gated_attention(
     Source:
         Section 3.3, Eq. 12-13 and Eq. 6-7.
     """
-    _check_attention_layout(q, k, v, k_prompt, v_prompt)
-    dtype = autocast_dtype(q.device)
-    if dtype is not None:
-        q, k, v, k_prompt, v_prompt = (t.to(dtype) for t in (q, k, v, k_prompt, v_prompt))
     _check_attention(q, k, v, k_prompt, v_prompt)
     if gate is not None:
         require_gate(gate, "[B, Lq, W] or [1, Lq, W]")
@@ -166,10 +175,31 @@ def gated_attention(
         _check_gate(gate, (batch, q.shape[1], words), q.device)
     if scale is not None:
         require_number("scale", scale, 0.0)
-        scale = float(scale)
     require_choice("normalize_over", normalize_over, ("all", "visible"))
-    name = resolve(impl, q, k.shape[1], kernels.attention_fits(q, k_prompt))
-    options = {"scale": scale, "normalize_over": normalize_over}
+    require_choice("impl", impl, IMPLS)
+    return gated_attention_unchecked(
+        q, k, v, k_prompt, v_prompt, gate, scale=scale, normalize_over=normalize_over, impl=impl
+    )
+
+
+def gated_attention_unchecked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_prompt: Tensor,
+    v_prompt: Tensor,
+    gate: Tensor | None,
+    *,
+    scale: float | None = None,
+    normalize_over: NormalizeOver = "all",
+    impl: Impl = "auto",
+) -> Tensor:
+    """Compute `gated_attention`; trusts its arguments."""
+    dtype = autocast_dtype(q.device)
+    if dtype is not None:
+        q, k, v, k_prompt, v_prompt = (t.to(dtype) for t in (q, k, v, k_prompt, v_prompt))
+    name = resolve(impl, q, k.shape[1], lambda: kernels.attention_refusal(q, k_prompt))
+    options = {"scale": None if scale is None else float(scale), "normalize_over": normalize_over}
     if name == "triton":
         return kernels.gated_attention(q, k, v, k_prompt, v_prompt, gate, **options)
     if q.numel() == 0 or k.numel() == 0:
@@ -242,25 +272,54 @@ def norm_match(
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             require_tensor(name, parameter, "[C]", 1)
-            require_same_device(name, parameter, x)
+            require_same_device(name, parameter, "x", x)
             require_shape(name, parameter, (x.shape[2],), "C as in x")
     require_number("eps", eps, 0.0)
-    frozen = not any(p is not None and p.requires_grad for p in (weight, bias))
-    fits = kernels.matching_fits(x, cls_keys, image_keys) and frozen
-    options = {
-        "cls_top_k": cls_top_k,
-        "image_top_k": image_top_k,
-        "num_prefix_tokens": num_prefix_tokens,
-        "lengths": lengths,
-        "selection": selection,
-        "gate": gate,
-    }
-    if resolve(impl, x, x.shape[1], fits) == "triton":
+    require_choice("impl", impl, IMPLS)
+    impl = _resolve_norm_match(impl, x, weight, bias, cls_keys, image_keys)
+    if impl != "triton":
+        _check_affine_dtype(x, weight, bias)
+    return norm_match_unchecked(
+        x,
+        weight,
+        bias,
+        eps,
+        cls_keys,
+        image_keys,
+        cls_top_k=cls_top_k,
+        image_top_k=image_top_k,
+        num_prefix_tokens=num_prefix_tokens,
+        lengths=lengths,
+        selection=selection,
+        gate=gate,
+        impl=impl,
+    )
+
+
+def norm_match_unchecked(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    cls_keys: Tensor,
+    image_keys: Tensor,
+    *,
+    impl: Impl = "auto",
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `norm_match`; trusts its arguments."""
+    if _resolve_norm_match(impl, x, weight, bias, cls_keys, image_keys) == "triton":
         return kernels.norm_match(x, weight, bias, eps, cls_keys, image_keys, **options)
-    _check_affine_dtype(x, weight, bias)
     normed = F.layer_norm(x, x.shape[2:], weight, bias, eps)
     with without_autocast(x.device):
         return normed, *match_prompts_reference(x, cls_keys, image_keys, **options)
+
+
+def _resolve_norm_match(
+    impl: Impl, x: Tensor, weight: Tensor | None, bias: Tensor | None, *keys: Tensor
+) -> Impl:
+    affine = {"weight": weight, "bias": bias}
+    return resolve(impl, x, x.shape[1], lambda: kernels.matching_refusal(x, *keys, **affine))
 
 
 def _check_matching(
@@ -278,7 +337,7 @@ def _check_matching(
     require(x.shape[2] >= 1, "x", f"shape {list(x.shape)}", "[B, L, C] with C >= 1", "check it")
     for name, keys in (("cls_keys", cls_keys), ("image_keys", image_keys)):
         require_tensor(name, keys, "[R, C]", 2)
-        require_same_device(name, keys, x)
+        require_same_device(name, keys, "x", x)
         require_shape(name, keys, (keys.shape[0], x.shape[2]), "R pool entries, C as in x")
     require_int("cls_top_k", cls_top_k, 0, cls_keys.shape[0])
     require_int("image_top_k", image_top_k, 0, image_keys.shape[0])
@@ -308,33 +367,32 @@ def _check_affine_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -
         require(same, "bias", bias.dtype, expected, "convert it with bias.to(weight.dtype)")
 
 
-def _check_attention_layout(
-    q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor
-) -> None:
-    """Check types and ranks, before autocast converts anything."""
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor) -> None:
     require_tensor("q", q, "[B, Lq, H, D]", 4)
     require(q.shape[3] >= 1, "q", f"shape {list(q.shape)}", "[B, Lq, H, D] with D >= 1", "check it")
     for name, tensor in (("k", k), ("v", v)):
         require_tensor(name, tensor, "[B, L, H, D]", 4)
     for name, tensor in (("k_prompt", k_prompt), ("v_prompt", v_prompt)):
         require_tensor(name, tensor, "[P, H, D] or [B, P, H, D]", 3, 4)
-
-
-def _check_attention(q: Tensor, k: Tensor, v: Tensor, k_prompt: Tensor, v_prompt: Tensor) -> None:
-    """Check devices, dtypes and sizes."""
     batch, _, heads, head_dim = q.shape
-    for name, tensor in (("k", k), ("v", v)):
-        require_same(name, tensor, "q", q)
-        expected = (batch, k.shape[1], heads, head_dim)
-        require_shape(name, tensor, expected, "B, L, H, D with B, H, D of q and L of k")
-    for name, tensor in (("k_prompt", k_prompt), ("v_prompt", v_prompt)):
-        require_same(name, tensor, "q", q)
-        leading = (batch,) if k_prompt.ndim == 4 else ()
-        expected = (*leading, k_prompt.shape[-3], heads, head_dim)
-        require_shape(name, tensor, expected, "P, H, D with H, D of q and P of k_prompt")
+    leading = (batch,) if k_prompt.ndim == 4 else ()
+    of_tokens = (batch, k.shape[1], heads, head_dim), "B, L, H, D with B, H, D of q and L of k"
+    of_prompts = (*leading, k_prompt.shape[-3], heads, head_dim), "P, H, D with H, D of q"
+    for name, tensor, expected in (
+        ("k", k, of_tokens),
+        ("v", v, of_tokens),
+        ("k_prompt", k_prompt, of_prompts),
+        ("v_prompt", v_prompt, of_prompts),
+    ):
+        require_same_device(name, tensor, "q", q)
+        if autocast_dtype(q.device) is None:
+            got, remedy = tensor.dtype, "convert with .to(q.dtype) or call under torch.autocast"
+            require(got == q.dtype, name, got, f"{q.dtype}", remedy)
+        require_shape(name, tensor, *expected)
 
 
 def _check_gate(gate: Tensor, expected: tuple[int, int, int], device: torch.device) -> None:
     require_shape("gate", gate, expected, "batch, queries, ceil(P / 32) words")
-    got, remedy = f"device {gate.device}", "move it with .to()"
-    require(gate.device == device, "gate", got, f"{device}", remedy)
+    require(
+        gate.device == device, "gate", f"device {gate.device}", f"{device}", "move it with .to()"
+    )

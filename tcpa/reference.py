@@ -44,6 +44,11 @@ def pack_gate(visible: Tensor) -> Tensor:
     """
     remedy = "say for each prompt row whether it is visible"
     require_dtype("visible", visible, torch.bool, "tensor [..., P]", remedy)
+    return pack_bits(visible)
+
+
+def pack_bits(visible: Tensor) -> Tensor:
+    """Compute `pack_gate`; trusts its argument."""
     num_prompts = visible.shape[-1]
     words = num_gate_words(num_prompts)
     padded = F.pad(visible.long(), (0, words * GATE_WORD_BITS - num_prompts))
@@ -72,6 +77,11 @@ def unpack_gate(gate: Tensor, num_prompts: int) -> Tensor:
     words = num_gate_words(num_prompts)
     got, expected = f"{gate.shape[-1]} words", f"at least {words} for num_prompts={num_prompts}"
     require(gate.shape[-1] >= words, "gate", got, expected, "pass the num_prompts it was made for")
+    return unpack_bits(gate, num_prompts)
+
+
+def unpack_bits(gate: Tensor, num_prompts: int) -> Tensor:
+    """Compute `unpack_gate`; trusts its arguments."""
     row = torch.arange(num_prompts, device=gate.device)
     word = gate.index_select(-1, row // GATE_WORD_BITS)
     return ((word >> (row % GATE_WORD_BITS)) & 1).bool()
@@ -167,7 +177,7 @@ def build_gate(cls_selected: Tensor, image_selected: Tensor, lengths: tuple[int,
     image_rows = image_selected.repeat_interleave(lengths[1], dim=-1)
     prefix = F.pad(cls_rows, (0, image_rows.shape[-1]))
     patches = F.pad(image_rows, (cls_rows.shape[-1], 0))
-    return pack_gate(torch.cat((prefix, patches), dim=1))
+    return pack_bits(torch.cat((prefix, patches), dim=1))
 
 
 def split_gate(
@@ -185,7 +195,7 @@ def split_gate(
         bool `[B, L_prefix, R_cls]` and bool `[B, L_patch, R_image]`.
     """
     cls_rows = num_pool[0] * lengths[0]
-    visible = unpack_gate(gate, cls_rows + num_pool[1] * lengths[1])
+    visible = unpack_bits(gate, cls_rows + num_pool[1] * lengths[1])
     cls_selected = visible[:, :num_prefix_tokens, : cls_rows : lengths[0]]
     return cls_selected, visible[:, num_prefix_tokens:, cls_rows :: lengths[1]]
 
@@ -306,7 +316,7 @@ def gated_attention_reference(
     k_prompt, v_prompt = k_prompt.transpose(-3, -2), v_prompt.transpose(-3, -2)
     token_scores = q_BHLD @ k_BHLD.mT
     prompt_scores = q_BHLD @ k_prompt.mT
-    visible = None if gate is None else unpack_gate(gate, num_prompts)[:, None]
+    visible = None if gate is None else unpack_bits(gate, num_prompts)[:, None]
     if visible is not None and normalize_over == "visible":
         prompt_scores = prompt_scores.masked_fill(~visible, float("-inf"))
     scores_BHLS = torch.cat((token_scores, prompt_scores), dim=-1)

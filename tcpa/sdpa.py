@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import NormalizeOver, unpack_gate
+from .reference import NormalizeOver, unpack_bits
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -45,7 +45,7 @@ def gated_attention_sdpa(
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if gate is None or k_prompt.shape[-3] == 0:
         return _ungated(q, k, v, k_prompt, v_prompt, factor)
-    visible, hidden = unpack_gate(gate, k_prompt.shape[-3])[:, None], None
+    visible, hidden = unpack_bits(gate, k_prompt.shape[-3])[:, None], None
     if normalize_over == "visible":
         visible, hidden = None, ~visible
     # [B, L, H, D] -> [B, H, L, D]; shared prompts [P, H, D] -> [H, P, D].

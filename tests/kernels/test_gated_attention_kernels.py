@@ -360,41 +360,37 @@ def test_second_derivative_is_refused():
 
 
 BAD_INPUTS = {
-    "dtype": ({"q": lambda t: t.double()}, TypeError, r"q: got torch.float64.*impl='reference'"),
-    "mixed_dtype": ({"v": lambda t: t.half()}, TypeError, r"v: got torch.float16, expected"),
-    "head_dim": ({n: lambda t: t[..., :8] for n in NAMES}, ValueError, r"q: got head dim 8"),
-    "rank": ({"q": lambda t: t[0]}, ValueError, r"q: got shape \[3, 2, 16\]"),
-    "heads": ({"k_prompt": lambda t: t[:, :1]}, ValueError, r"k_prompt: got shape \[5, 1, 16\]"),
-    "tokens": ({"v": lambda t: t[:, :2]}, ValueError, r"v: got shape \[1, 2, 2, 16\]"),
-    "device": ({"k": lambda t: t.to("meta")}, ValueError, r"k: got meta, expected"),
-    "prompts": (
-        {n: lambda t: t.repeat(60, 1, 1) for n in NAMES[3:]}, ValueError,
-        r"k_prompt: got 300 prompt rows, expected at most 256; pass impl='reference'",
-    ),
-    "gate_words": (
-        {"gate": lambda t: t.repeat(1, 1, 2)}, ValueError, r"gate: got shape \[1, 3, 2\]",
-    ),
-    "gate_dtype": ({"gate": lambda t: t.long()}, TypeError, r"gate: got torch.int64.*pack_gate"),
-    "scale": ({"scale": lambda _: float("nan")}, ValueError, r"scale: got nan"),
-    "normalize": ({"normalize_over": lambda _: "some"}, ValueError, r"normalize_over: got 'some'"),
-}  # fmt: skip
+    "dtype": {"q": lambda t: t.double()},
+    "mixed_dtype": {"v": lambda t: t.half()},
+    "head_dim": {n: lambda t: t[..., :8] for n in NAMES},
+    "rank": {"q": lambda t: t[0]},
+    "heads": {"k_prompt": lambda t: t[:, :1]},
+    "tokens": {"v": lambda t: t[:, :2]},
+    "batch": {n: lambda t: t.expand(2, -1, -1, -1) for n in NAMES[3:]},
+    "prompts": {n: lambda t: t.repeat(60, 1, 1) for n in NAMES[3:]},
+    "gate_words": {"gate": lambda t: t.repeat(1, 1, 2)},
+    "gate_dtype": {"gate": lambda t: t.long()},
+    "scale": {"scale": lambda _: float("nan")},
+    "normalize": {"normalize_over": lambda _: "some"},
+}
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)
-def test_refuses_before_any_launch(changes, error, message):
+@pytest.mark.parametrize("changes", BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_what_would_read_past_a_tensor_is_not_launched(changes):
     tensors, gate = make_inputs(1, 3, 4, 5, 2, 16, False)
     arguments = {**dict(zip(NAMES, tensors, strict=True)), "gate": gate, "scale": None}
     arguments["normalize_over"] = "all"
     for name, change in changes.items():
         arguments[name] = change(arguments[name])
-    with pytest.raises(error, match=message):
+    with pytest.raises(AssertionError):
         gated_attention(**arguments)
 
 
-def test_refuses_a_device_without_kernels():
+def test_refuses_a_device_without_kernels(monkeypatch):
+    monkeypatch.setattr("tcpa.kernels.common.interpreting", lambda: False)
     tensors, gate = make_inputs(1, 3, 4, 5, 2, 16, False)
-    with pytest.raises(RuntimeError, match=r"'meta'.*TRITON_INTERPRET=1.*impl='reference'"):
-        gated_attention(*(t.to("meta") for t in tensors), gate.to("meta"))
+    with pytest.raises(RuntimeError, match=r"'cpu'.*TRITON_INTERPRET=1.*impl='reference'"):
+        gated_attention(*(t.cpu() for t in tensors), gate.cpu())
 
 
 def test_unknown_hardware_gets_the_default_launch_and_one_log_line(caplog):

@@ -330,32 +330,18 @@ def test_full_graph_compile():
 
 
 BAD = {
-    "weight-dtype": (TypeError, "weight: got torch.float64", lambda w, b: (w.double(), b)),
-    "bias-shape": (ValueError, r"bias: got shape \[63\]", lambda w, b: (w, b[1:])),
-    "trained": (
-        ValueError,
-        "weight: got a tensor that requires grad, expected a frozen one",
-        lambda w, b: (w.requires_grad_(), b),
-    ),
+    "rows-dtype": lambda x, weight, bias: (x.double(), weight, bias),
+    "weight-dtype": lambda x, weight, bias: (x, weight.double(), bias),
+    "bias-shape": lambda x, weight, bias: (x, weight, bias[1:]),
 }
 
 
-@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
-def test_bad_affine_parameters_are_refused_before_any_launch(bad):
-    error, message, spoil = bad
+@pytest.mark.parametrize("change", BAD.values(), ids=BAD.keys())
+def test_what_would_read_past_a_tensor_is_not_launched(change):
     case = Case()
     x, *keys = make_inputs(case, torch.float32)
-    with pytest.raises(error, match=message):
-        norm_match(x, *spoil(*make_affine(64)), EPS, *keys, **case.settings)
-
-
-def test_bad_rows_are_refused_before_any_launch():
-    case = Case()
-    x, *keys = make_inputs(case, torch.float32)
-    with pytest.raises(TypeError, match=r"x: got torch\.float64"):
-        norm_match(x.double(), None, None, EPS, *keys, **case.settings)
-    with pytest.raises(ValueError, match="image_top_k: got 10"):
-        norm_match(x, None, None, EPS, *keys, **replace(case, top_k=(1, 10)).settings)
+    with pytest.raises(AssertionError):
+        norm_match(*change(x, *make_affine(64)), EPS, *keys, **case.settings)
 
 
 @pytest.mark.gpu

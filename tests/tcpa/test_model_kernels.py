@@ -284,7 +284,7 @@ def test_what_the_kernels_cannot_take_is_refused_on_request():
 
 def test_auto_falls_back_beyond_the_sizes_of_the_kernels(monkeypatch):
     """As on a GPU: `auto` would choose the kernels, were the pool, the head dim not too large."""
-    monkeypatch.setattr("tcpa.dispatch.choose_impl", lambda *_, **__: ("triton", "can run here"))
+    monkeypatch.setattr("tcpa.dispatch._choose", lambda *_: ("triton", "can run here"))
     x, *keys = (tensor.cpu() for tensor in matching_inputs(pool=65))
     found = match_prompts(x, *keys, **TOP_K)
     expected = match_prompts_reference(x, *keys, **TOP_K)
