@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import blocks
+from . import vit
 from .checks import config_from_dict, require, require_choice
 from .methods import INPUT_PROMPTS, TOKEN_PROMPTS, TUNINGS
 from .methods.base import PromptConfig, TuningConfig
@@ -149,7 +149,7 @@ def backbone_fingerprint(
 
     Weights that `tuning` trains are not part of it; the head is under an output mapping alone.
     """
-    heads = {id(p) for h in blocks.classifier_layers(backbone) for p in h.parameters()}
+    heads = {id(p) for h in vit.classifier_layers(backbone) for p in h.parameters()}
     left_out = set() if with_head else heads
     if tuning is not None:
         left_out |= {id(p) for p in tuning.backbone_parameters(backbone).values()}
@@ -158,7 +158,7 @@ def backbone_fingerprint(
 
 def backbone_dtype(backbone: nn.Module) -> str:
     """Return the name of the dtype of a backbone's weights, such as "float32"."""
-    return str(blocks.input_weight(backbone).dtype).removeprefix("torch.")
+    return str(vit.input_weight(backbone).dtype).removeprefix("torch.")
 
 
 def checksum(tensors: Mapping[str, Tensor], record: Mapping[str, Any] | None = None) -> str:

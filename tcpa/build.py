@@ -7,7 +7,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from . import blocks
+from . import vit
 from .checks import require, require_choice, require_int
 from .config import Savings
 from .dispatch import IMPLS, Impl
@@ -156,15 +156,15 @@ def require_covered(backbone: nn.Module) -> None:
     if not isinstance(backbone, nn.Module):
         got = type(backbone).__name__
         raise TypeError(f"backbone: got {got}, expected a timm model; see timm.create_model")
-    reason = blocks.unsupported_reason(backbone)
+    reason = vit.unsupported_reason(backbone)
     if reason is not None:
-        raise ValueError(f"backbone: {reason}; use one of timm's {blocks.SUPPORTED}")
+        raise ValueError(f"backbone: {reason}; use one of timm's {vit.SUPPORTED}")
 
 
 def _normalization(
     backbone: Any, given: tuple[Sequence[float], Sequence[float]] | None
 ) -> Normalization:
-    channels = blocks.input_channels(backbone)
+    channels = vit.input_channels(backbone)
     expected = f"(mean, std) with {channels} means and {channels} positive standard deviations"
     if given is None:
         cfg = getattr(backbone, "pretrained_cfg", None) or {}

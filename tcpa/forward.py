@@ -1,213 +1,201 @@
-"""One transformer block with prompts, in the fast form and in the plain form of every saving.
+"""One forward pass of a `PromptedViT`, read downward: images, prompts, blocks, logits.
 
-Rows of a block's input: L tokens (prefix tokens, then patches), then the prompts of VPT-Shallow if
-any. Where prompts join the sequence they come last: attention has no order of its own, and
-positions were added before.
+The model holds the state; these functions read it and compute. `block.py` runs one timm block,
+`prompt_kv.py` projects prompts outside the blocks, `ops.py` matches and attends.
 
-Axes: B batch, L tokens, P prompt rows, S = L + P keys, H heads, D head dim, C width.
+Axes: B batch, L tokens, P prompt rows, C width, N blocks, W gate words.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+import logging
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from . import blocks
-from .capture import Recorder
-from .config import Savings
-from .dispatch import Impl
-from .ops import gated_attention
-from .prompt_kv import PromptKV, prompt_keys_values
-from .reference import NormalizeOver, unpack_gate
+from . import vit
+from .block import BlockSettings, PromptKV, run_block
+from .methods.base import Match
 
-
-class Projections(NamedTuple):
-    """What a block's attention reads; `q_prompt` is computed in the plain form only, and unused."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    prompt_kv: PromptKV | None
-    q_prompt: Tensor | None
+_log = logging.getLogger("tcpa")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockSettings:
-    """How blocks are run; the same for all blocks of a model and one image size."""
+class Passed(NamedTuple):
+    """What a pass through the blocks leaves."""
 
-    patches: slice
-    """Rows that hold patch tokens."""
-
-    normalize_over: NormalizeOver = "all"
-    impl: Impl = "auto"
-    savings: Savings = field(default_factory=Savings)
-    recorder: Recorder | None = None
+    tokens: Tensor
+    """`[B, L, C]`, or the leading ones that were asked for."""
+    distance: Tensor
+    """Match distance, the sum over the blocks; a scalar."""
+    gates: list[Tensor | None]
+    """int32 `[B or 1, L, W]` of every block."""
 
 
-def run_block(
-    block: blocks.ModuleLike,
-    x: Tensor,
-    settings: BlockSettings,
-    *,
-    rope: Tensor | None = None,
-    prompts: Tensor | None = None,
-    prompt_kv: PromptKV | None = None,
-    value_affine: nn.Module | None = None,
-    gate: Tensor | None = None,
-    rows: int | None = None,
-    normed: Tensor | None = None,
-    extra_keys: Tensor | None = None,
-    query_scale: Tensor | None = None,
-    adapter: nn.Module | None = None,
-) -> Tensor:
-    """Run one block.
-
-    Args:
-        block: the timm block.
-        x: residual stream `[B, L, C]`.
-        settings: how to run it.
-        rope: rotary embedding of the patches.
-        prompts: prompts `[P, C]` or `[B, P, C]` before the first norm.
-        prompt_kv: their keys and values, where computed outside.
-        value_affine: module applied to the prompts' values.
-        gate: int32 `[B or 1, L, W]`; None when every token sees every prompt.
-        rows: compute only this many leading rows.
-        normed: `x` after the first norm, where it is known.
-        extra_keys: prompts `[P', H, D]` that are their own keys and values; where `prompt_kv` is
-            computed outside it holds them.
-        query_scale: scalar that all queries are multiplied by.
-        adapter: module after or beside the MLP.
-
-    Returns:
-        `[B, rows or L, C]`.
-    """
-    normed = cast(Tensor, block.norm1(x)) if normed is None else normed
-    if prompts is not None and not settings.savings.prompt_keys_only:
-        projected = _project_joined(block, normed, prompts, value_affine)
+def classify(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits `[B, classes]` of a model for images, and the match distance."""
+    passed = run_blocks(model, images, head_rows(model))
+    tokens = model.backbone.norm(passed.tokens)
+    if model.side is None and model.feature_prompt is None:
+        logits = model.backbone.forward_head(tokens)
     else:
-        if prompts is not None and prompt_kv is None:
-            # The plain form of prompt_kv_once: once per sample, inside the block.
-            prompts = prompts if prompts.ndim == 3 else prompts.expand(x.shape[0], -1, -1)
-            prompt_kv = prompt_keys_values(block, prompts, value_affine)
-        projected = _project_tokens(block, normed, prompt_kv, rows)
-    if extra_keys is not None:
-        nothing = extra_keys[:0].to(projected.k.dtype)
-        known = projected.prompt_kv or PromptKV(nothing, nothing)
-        projected = projected._replace(prompt_kv=known.with_keys(extra_keys))
-    if query_scale is not None:
-        projected = projected._replace(q=projected.q * query_scale.to(projected.q.dtype))
-    heads = _attend(block, projected, settings, rope, gate, rows)
-    if rows is not None:
-        x, normed = x[:, :rows], normed[:, :rows]
-    x = blocks.finish_attention(block, x, normed, heads)
-    return blocks.finish_block(block, x, adapter)
+        # Modules beside the backbone read the image too.
+        feature = model.backbone.forward_head(tokens, pre_logits=True)
+        for module in (model.feature_prompt, model.side):
+            feature = feature if module is None else module(feature, images)
+        logits = model.backbone.head(feature)
+    return logits if model.mapping is None else model.mapping(logits), passed.distance
 
 
-def run_block_on_tokens(
-    block: blocks.ModuleLike,
+def head_rows(model: Any) -> int | None:
+    """Return how many rows the last block computes; None for all."""
+    saves = model.savings.last_block_head_rows
+    return vit.rows_read_by_head(model.backbone) if saves else None
+
+
+def run_blocks(model: Any, images: Tensor, rows: int | None) -> Passed:
+    """Run the blocks on images `[B, channels, height, width]`; of the last one only `rows` rows."""
+    model.require_backbone()
+    vit.check_images(model.backbone, images)
+    if not torch.compiler.is_compiling():
+        _check_use(model)
+    x, ropes = vit.embed_images(model.backbone, prompt_images(model, images))
+    batch_size, num_tokens = x.shape[:2]
+    source, savings, capture = model.prompt_source, model.savings, model.recording
+    if capture is not None:
+        capture.begin(num_tokens)
+    if torch.is_grad_enabled() and not (savings.skip_input_gradient or x.requires_grad):
+        x = x.requires_grad_()
+
+    prompts = prompt_kv = None
+    shallow = source is not None and source.shallow
+    if shallow:
+        entering = source(batch_size)[0].expand(batch_size, -1, -1)
+        x = torch.cat((x, entering.to(x.dtype)), dim=1)
+    elif source is not None and savings.prompt_kv_once and savings.prompt_keys_only:
+        prompt_kv = model.projector.project(
+            model.backbone.blocks,
+            source,
+            model.value_affine,
+            batch_size,
+            stacked=savings.prompt_kv_stacked,
+        )
+    elif source is not None:
+        prompts = source(batch_size)
+
+    patches = slice(model.backbone.num_prefix_tokens, num_tokens)
+    normalize_over = "all" if source is None else source.normalize_over
+    settings = BlockSettings(patches, model.impl, savings, normalize_over)
+    distance = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+    gates: list[Tensor | None] = []
+    recomputes = model.recomputes and torch.is_grad_enabled()
+    for index, rope in enumerate(ropes):
+        before = x
+        arguments = (
+            model,
+            settings,
+            index,
+            x,
+            None if prompts is None else prompts[index],
+            None if prompt_kv is None else prompt_kv[index],
+            rope,
+            rows if index + 1 == len(ropes) else None,
+        )
+        if recomputes:
+            x, delta, gate = checkpoint(_run_one, *arguments, use_reentrant=False)
+        else:
+            x, delta, gate = _run_one(*arguments)
+        distance = distance if delta is None else distance + delta
+        gates.append(gate)
+        if capture is not None:
+            capture.tokens(index, before, x)
+    return Passed(x[:, :num_tokens] if shallow else x, distance, gates)
+
+
+def prompt_images(model: Any, images: Tensor) -> Tensor:
+    """Do to the images what is done to them before anything else."""
+    prompt = model.input_prompt
+    if prompt is not None:
+        images = prompt(images, model.clusters(images)) if prompt.clustered else prompt(images)
+    return model.image_prompt(images)
+
+
+def _run_one(
+    model: Any,
+    settings: BlockSettings,
+    index: int,
     x: Tensor,
-    settings: BlockSettings,
-    *,
+    prompts: Tensor | None,
+    prompt_kv: PromptKV | None,
     rope: Tensor | None,
-    prompts: Tensor,
     rows: int | None,
-    **options: Any,
-) -> Tensor:
-    """Run one block on tokens and prompts alike, then drop the prompts: plain VPT-Deep."""
-    prompts = prompts if prompts.ndim == 3 else prompts.expand(x.shape[0], -1, -1)
-    joined = torch.cat((x, prompts.to(x.dtype)), dim=1)
-    out = run_block(block, joined, settings, rope=rope, **options)
-    return out[:, : x.shape[1] if rows is None else rows]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Match, add noise and run one block; return its tokens, match distance and gate."""
+    block, source, capture = model.backbone.blocks[index], model.prompt_source, model.recording
+    matched, options = Match(), {}
+    if source is not None:
+        noise = source.noise
+        if source.selects:
+            # Noise comes between matching and norm.
+            norm = None if noise > 0 else vit.frozen_layer_norm(block)
+            draw = model.training and model.selects_randomly
+            matched = source.match(index, x, norm, draw=draw, impl=model.impl)
+        if noise > 0:
+            x = x + noise * torch.randn_like(x)
+        options["query_scale"] = source.query_scale(index)
+        extra = None if prompts is None else source.extra_keys()
+        options["extra_keys"] = None if extra is None else extra[index]
+    if model.adapters is not None:
+        options["adapter"] = model.adapters[index]
+    if capture is not None:
+        options["recorder"] = capture.recorder(index, settings.patches)
+    if prompts is not None and not (source.selects or settings.savings.prompt_keys_only):
+        # Plain VPT-Deep: prompts are tokens of the block, and dropped after it.
+        joined = torch.cat((x, prompts.expand(len(x), -1, -1).to(x.dtype)), dim=1)
+        out = run_block(block, joined, settings, rope=rope, **options)
+        return out[:, : x.shape[1] if rows is None else rows], None, None
+    out = run_block(
+        block,
+        x,
+        settings,
+        rope=rope,
+        rows=rows,
+        normed=matched.normed,
+        prompts=prompts,
+        prompt_kv=prompt_kv,
+        value_affine=model.value_affine,
+        gate=matched.gate,
+        **options,
+    )
+    if source is not None and source.shallow:
+        out = source.after_block(index, x, out, settings.patches.stop)
+    return out, matched.distance, matched.gate
 
 
-def _project_tokens(
-    block: blocks.ModuleLike, normed: Tensor, prompt_kv: PromptKV | None, rows: int | None
-) -> Projections:
-    attn = block.attn
-    if rows is None:
-        q, k, v = blocks.project_all(attn, normed)
-    else:
-        q = blocks.project_queries(attn, normed[:, :rows])
-        k, v = blocks.project_keys_values(attn, normed)
-    return Projections(q, k, v, prompt_kv, None)
+def plain_features(model: Any, images: Tensor) -> Tensor:
+    """Return what the head would read of the backbone without any prompt or adapter, `[B, C]`."""
+    backbone = model.backbone
+    vit.check_images(backbone, images)
+    x, ropes = vit.embed_images(backbone, images)
+    patches = slice(backbone.num_prefix_tokens, x.shape[1])
+    settings = BlockSettings(patches, model.impl, model.savings)
+    for index, (block, rope) in enumerate(zip(backbone.blocks, ropes, strict=True)):
+        rows = head_rows(model) if index + 1 == len(ropes) else None
+        x = run_block(block, x, settings, rope=rope, rows=rows)
+    return backbone.forward_head(backbone.norm(x), pre_logits=True)
 
 
-def _project_joined(
-    block: blocks.ModuleLike, normed: Tensor, prompts: Tensor, value_affine: nn.Module | None
-) -> Projections:
-    """Send the prompts of every sample through the whole projection, as the official code does."""
-    tokens = normed.shape[1]
-    prompts = prompts if prompts.ndim == 3 else prompts.expand(normed.shape[0], -1, -1)
-    normed_prompts = block.norm1(prompts.to(block.norm1.weight.dtype))
-    joined = torch.cat((normed, normed_prompts), dim=1)
-    q, k, v = blocks.project_all(block.attn, joined)
-    values = v[:, tokens:] if value_affine is None else value_affine(v[:, tokens:])
-    prompt_kv = PromptKV(k[:, tokens:], values)
-    return Projections(q[:, :tokens], k[:, :tokens], v[:, :tokens], prompt_kv, q[:, tokens:])
-
-
-def _attend(
-    block: blocks.ModuleLike,
-    projected: Projections,
-    settings: BlockSettings,
-    rope: Tensor | None,
-    gate: Tensor | None,
-    rows: int | None,
-) -> Tensor:
-    """Return the attention output `[B, rows or L, H, D]`."""
-    attn = block.attn
-    q, k, v, prompt_kv, q_prompt = projected
-    q = blocks.rotate(attn, q, rope, settings.patches)
-    k = blocks.rotate(attn, k, rope, settings.patches)
-    if prompt_kv is None:
-        nothing = k.new_empty((0, *k.shape[2:]))
-        prompt_kv = PromptKV(nothing, nothing)
-    recorder = settings.recorder
-    if recorder is not None:
-        recorder.gate(gate, len(q))
-    if rows is not None:
-        q, gate = q[:, :rows], None if gate is None else gate[:, :rows]
-    options = {"scale": attn.scale, "normalize_over": settings.normalize_over}
-    if recorder is not None:
-        recorder.attention(q, k, prompt_kv.keys, gate, **options)
-    if gate is None or settings.savings.gate_bits:
-        return gated_attention(q, k, v, *prompt_kv, gate, impl=settings.impl, **options)
-    return dense_gated_attention(q, k, v, *prompt_kv, gate, q_prompt=q_prompt, **options)
-
-
-def dense_gated_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_prompt: Tensor,
-    v_prompt: Tensor,
-    gate: Tensor,
-    *,
-    scale: float,
-    normalize_over: NormalizeOver,
-    q_prompt: Tensor | None = None,
-) -> Tensor:
-    """Compute `gated_attention` with a dense mask, as the official code does; the costly plain
-    form.
-
-    Takes the arguments of `gated_attention`; `q_prompt` `[B, P, H, D]` adds the prompts' own
-    queries, whose rows are computed and thrown away.
-
-    Returns:
-        `[B, Lq, H, D]`.
-    """
-    batch, queries, heads, _ = q.shape
-    if k_prompt.ndim == 3:
-        k_prompt, v_prompt = (t.expand(batch, -1, -1, -1) for t in (k_prompt, v_prompt))
-    keys = torch.cat((k, k_prompt), dim=1).transpose(1, 2)
-    values = torch.cat((v, v_prompt), dim=1).transpose(1, 2)
-    rows = q if q_prompt is None else torch.cat((q, q_prompt), dim=1)
-    scores_BHLS = rows.transpose(1, 2) @ keys.mT * scale
-    sees_prompts = unpack_gate(gate, k_prompt.shape[1])
-    sees = torch.cat((sees_prompts.new_ones(len(gate), queries, k.shape[1]), sees_prompts), dim=-1)
-    mask_BHLS = sees[:, None].to(scores_BHLS.dtype).repeat(batch // len(gate), heads, 1, 1)
-    if normalize_over == "visible":
-        scores_BHLS = scores_BHLS[:, :, :queries].masked_fill(mask_BHLS == 0, float("-inf"))
-    probs_BHLS = scores_BHLS.softmax(dim=-1)[:, :, :queries] * mask_BHLS
-    return (probs_BHLS.to(values.dtype) @ values).transpose(1, 2)
+def _check_use(model: Any) -> None:
+    """Speak up where a mistake would go unnoticed."""
+    hooked = vit.hooked(model.opened_modules)
+    if hooked:
+        raise RuntimeError(
+            f"hooks on {', '.join(hooked)} would not be called: tcpa calls the layers of a "
+            "block one by one; put them on a block's norm2, mlp or attn.proj, or remove them"
+        )
+    if model.training and model.random_epochs and not model.knows_epoch:
+        model.knows_epoch = True
+        _log.warning(
+            "training without set_epoch: every step selects its prompts at random; call "
+            "model.set_epoch(epoch) at the start of each epoch (random until epoch %d)",
+            model.random_epochs,
+        )

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from . import blocks
+from . import vit
 from .adapter_format import (
     CHOICES,
     CONFIG_FILE,
@@ -116,7 +116,7 @@ def _require_same_backbone(
     described: dict[str, Any], backbone: nn.Module, chosen: dict[str, Any]
 ) -> None:
     """Check settings and frozen weights against those of the training."""
-    found = blocks.settings(backbone)
+    found = vit.settings(backbone)
     for name, value in described["settings"].items():
         got, remedy = repr(found.get(name)), "create the backbone as for the training, or pass "
         remedy += "check_backbone=False"

@@ -1,7 +1,7 @@
 """A frozen timm Vision Transformer with trained prompts.
 
 `PromptedViT` is what `wrap` and `create_model` return. Nothing of timm is patched; the blocks' own
-layers are called one by one (`forward.py`).
+layers are called one by one (`forward.py`, `block.py`).
 
 Axes: B batch, L tokens, P prompt rows, C width, N blocks, W gate words.
 """
@@ -9,21 +9,21 @@ Axes: B batch, L tokens, P prompt rows, C width, N blocks, W gate words.
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import blocks
+from . import forward, vit
 from .capture import Capture
 from .checks import require, require_bool, require_int, require_shape, require_tensor
 from .config import Savings
 from .dispatch import Impl, autocast_dtype, choose_impl
-from .methods.base import Choices, Fitted
-from .passes import Passes
-from .prompt_kv import ParameterCache, PromptKV, StackedProjections
+from .methods.base import Choices, Fitted, InputPrompt, PromptSource, require_clusters
+from .prompt_kv import PromptProjector
+from .saving import save_pretrained
 
 
 class Normalization(NamedTuple):
@@ -42,7 +42,7 @@ _owners: "weakref.WeakValueDictionary[int, PromptedViT]" = weakref.WeakValueDict
 
 def implementation_on(backbone: Any, impl: Impl) -> tuple[str, str]:
     """Say what computes the attention on a backbone where it is now, and why; see `choose_impl`."""
-    weight = blocks.input_weight(backbone)
+    weight = vit.input_weight(backbone)
     dtype = autocast_dtype(weight.device) or weight.dtype
     num_tokens = backbone.num_prefix_tokens + backbone.patch_embed.num_patches
     return choose_impl(impl, weight.device, dtype=dtype, num_tokens=num_tokens)
@@ -54,7 +54,7 @@ def _to_weight_dtype(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tens
     return inputs if weight is None else (inputs[0].to(weight.dtype), *inputs[1:])
 
 
-class PromptedViT(Passes):
+class PromptedViT(nn.Module):
     """A frozen timm ViT whose tokens attend to trained prompts.
 
     Trained are the prompts, the optional modules and the classification head, in float32 also on a
@@ -69,7 +69,20 @@ class PromptedViT(Passes):
         savings: work left out without changing the result.
         impl: which implementation of the operations to use.
         normalization: how images are expected to be normalised; recorded, not applied.
+        pools, tokens: the prompts of all blocks, selected or not; one of them, or none.
+        value_affine, image_prompt, input_prompt, feature_prompt, adapters, side, mapping: the other
+            modules; None for what there is not.
     """
+
+    pools: PromptSource | None
+    tokens: PromptSource | None
+    value_affine: nn.Module | None
+    image_prompt: nn.Sequential
+    input_prompt: InputPrompt | None
+    feature_prompt: nn.Module | None
+    adapters: nn.ModuleList | None
+    side: nn.Module | None
+    mapping: Any
 
     def __init__(
         self,
@@ -87,12 +100,12 @@ class PromptedViT(Passes):
         self.impl: Impl = impl
         self.normalization = normalization
         self.epoch = 0
-        self._random_selection = self._random_epochs > 0
-        self._knows_epoch = False
-        self._recompute = False
-        self._capture: Capture | None = None
-        self._kv_cache = ParameterCache[list[PromptKV]]()
-        self._stack_cache = ParameterCache[StackedProjections | None]()
+        self.random_epochs = 0 if self.config is None else self.config.random_epochs
+        self.selects_randomly = self.random_epochs > 0
+        self.knows_epoch = False
+        self.recomputes = False
+        self.recording: Capture | None = None
+        self.projector = PromptProjector()
         for name, module in choices.build(backbone, normalization).items():
             setattr(self, name, module)
         self._freeze()
@@ -124,12 +137,12 @@ class PromptedViT(Passes):
         """Make the head trainable, in float32 at least, where the frozen weights are."""
         if self.mapping is not None:
             # The head of the model's own training is what is mapped.
-            for layer in blocks.classifier_layers(self.backbone):
+            for layer in vit.classifier_layers(self.backbone):
                 layer.requires_grad_(not self.savings.frozen_backbone)
             return
-        weight = blocks.input_weight(self.backbone)
+        weight = vit.input_weight(self.backbone)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        for layer in blocks.classifier_layers(self.backbone):
+        for layer in vit.classifier_layers(self.backbone):
             layer.to(device=weight.device, dtype=dtype).requires_grad_(True)
             if _to_weight_dtype not in layer._forward_pre_hooks.values():
                 layer.register_forward_pre_hook(_to_weight_dtype)
@@ -147,12 +160,12 @@ class PromptedViT(Passes):
 
     def _heads(self) -> list[nn.Module]:
         """Return the classification layers that are trained."""
-        return [] if self.mapping is not None else blocks.classifier_layers(self.backbone)
+        return [] if self.mapping is not None else vit.classifier_layers(self.backbone)
 
     def forget(self) -> None:
         """Forget what was computed from parameters, for who changes them through `.data`."""
-        self._kv_cache.clear()
-        self._stack_cache.clear()
+        self.projector.clear()
+        self.opened_modules = vit.opened_modules(self.backbone)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moves and conversions replace values without touching version counters.
@@ -166,9 +179,9 @@ class PromptedViT(Passes):
         makes them reproducible.
         """
         require_int("epoch", epoch, 0, MAX_EPOCH)
-        self.epoch, self._knows_epoch = epoch, True
+        self.epoch, self.knows_epoch = epoch, True
         # A compiled model depends on this, and not on the number, which would compile every epoch.
-        self._random_selection = epoch < self._random_epochs
+        self.selects_randomly = epoch < self.random_epochs
 
     def get_extra_state(self) -> Tensor:
         """Return the epoch, int64, for `state_dict()`: a resumed run selects as it would have."""
@@ -188,7 +201,7 @@ class PromptedViT(Passes):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block in the backward pass in place of keeping its activations."""
         require_bool("enable", enable)
-        self._recompute = enable
+        self.recomputes = enable
 
     def trainable_named_parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name: prompts, optional modules, what the tuning names
@@ -263,6 +276,11 @@ class PromptedViT(Passes):
         return implementation_on(self.backbone, self.impl)
 
     @property
+    def prompt_source(self) -> PromptSource | None:
+        """Where the token prompts come from."""
+        return self.tokens if self.pools is None else self.pools
+
+    @property
     def num_classes(self) -> int:
         """Number of classes of the logits."""
         return self.backbone.num_classes if self.mapping is None else self.mapping.num_classes
@@ -281,15 +299,13 @@ class PromptedViT(Passes):
         mapped, expected = self.mapping is not None, "a model whose head is trained"
         require(not mapped, "num_classes", "a model with an output mapping", expected, remedy)
         self.backbone.reset_classifier(num_classes)
-        for name in blocks.classifier_names(self.backbone):
+        for name in vit.classifier_names(self.backbone):
             setattr(self.backbone, name, self.tuning.make_head(getattr(self.backbone, name)))
         self._prepare_head()
         self.train(self.training)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Save what was trained into a folder; see `tcpa.save_pretrained`."""
-        from .saving import save_pretrained
-
         save_pretrained(self, directory)
 
     # Forward pass.
@@ -312,34 +328,17 @@ class PromptedViT(Passes):
                 wrapped again.
         """
         require_bool("return_distance", return_distance)
-        x, distance, _ = self._run_blocks(images, self._head_rows())
-        logits = self._classify(self.backbone.norm(x), images)
+        logits, distance = forward.classify(self, images)
         return (logits, distance) if return_distance else logits
 
     def source_logits(self, images: Tensor) -> Tensor:
-        """Return the logits of the head, before any output mapping, `[B, S]`."""
-        tokens = self._run_blocks(images, self._head_rows())[0]
-        return self.backbone.forward_head(self.backbone.norm(tokens))
-
-    def _head_rows(self) -> int | None:
-        all_rows = not self.savings.last_block_head_rows
-        return None if all_rows else blocks.rows_read_by_head(self.backbone)
-
-    def _classify(self, tokens: Tensor, images: Tensor) -> Tensor:
-        """Map normed tokens, and the images where modules beside the backbone read them, to
-        logits."""
-        if self.side is None and self.feature_prompt is None:
-            logits = self.backbone.forward_head(tokens)
-        else:
-            feature = self.backbone.forward_head(tokens, pre_logits=True)
-            for module in (self.feature_prompt, self.side):
-                feature = feature if module is None else module(feature, images)
-            logits = self.backbone.head(feature)
-        return logits if self.mapping is None else self.mapping(logits)
+        """Return the logits of the model's own head, before any output mapping, `[B, S]`."""
+        passed = forward.run_blocks(self, images, forward.head_rows(self))
+        return self.backbone.forward_head(self.backbone.norm(passed.tokens))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the normed tokens of the last block, `[B, L, C]`, all of them and no prompts."""
-        return self.backbone.norm(self._run_blocks(images, None)[0])
+        return self.backbone.norm(forward.run_blocks(self, images, None).tokens)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Map tokens from `forward_features`, `[B, L, C]`, to logits, or to the head's input.
@@ -355,6 +354,64 @@ class PromptedViT(Passes):
         require_shape("features", tokens, expected, "B, L, C of forward_features")
         found = self.backbone.forward_head(features, pre_logits=pre_logits)
         return found if pre_logits or self.mapping is None else self.mapping(found)
+
+    # What is found in training images, outside of gradient steps.
+
+    @torch.no_grad()
+    def plain_features(self, images: Tensor) -> Tensor:
+        """Return what the head would read of the backbone without any prompt or adapter, `[B, C]`.
+
+        Args:
+            images: float `[B, channels, height, width]`.
+        """
+        return forward.plain_features(self, images)
+
+    def clusters(self, images: Tensor) -> Tensor:
+        """Return the cluster of each image, int64 `[B]`: the nearest prototype to its plain
+        feature.
+
+        Raises:
+            ValueError: the model has no clusters.
+            RuntimeError: they are not fitted yet.
+        """
+        return require_clusters(self.input_prompt).assign(self.plain_features(images))
+
+    def fit_clusters(self, images: Tensor | Iterable[Tensor]) -> int:
+        """Cluster training images and give each cluster a frame.
+
+        Where the number of clusters changes, so do the parameters: create the optimizer afterwards.
+
+        Args:
+            images: `[n, channels, height, width]`, or batches of them; `num_images` of the
+                configuration at most are read.
+
+        Returns:
+            The number of clusters.
+
+        Raises:
+            ValueError: the model has no clusters, there are too few images, or they make fewer than
+                two clusters.
+        """
+        batches = images.split(64) if isinstance(images, Tensor) else images
+        return require_clusters(self.input_prompt).fit_images(batches, self.plain_features)
+
+    @torch.no_grad()
+    def count_sources(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Count how often images of a class are taken for a source class, for `mapping.fit`.
+
+        Args:
+            images: `[B, channels, height, width]`, prompted as the model does now.
+            labels: int64 `[B]`.
+
+        Returns:
+            int64 `[S, C]`.
+        """
+        got, remedy = "a model without output mapping", "wrap with input_prompt=AutoVPConfig(...)"
+        expected = "one that maps source classes"
+        require(self.mapping is not None, "mapping", got, expected, remedy)
+        return self.mapping.count(self.source_logits(images), labels)
+
+    # What blocks do.
 
     @torch.no_grad()
     def selection(self, images: Tensor) -> list[Tensor]:
@@ -374,7 +431,7 @@ class PromptedViT(Passes):
         require(selects, "config", got, "token prompts that are selected", remedy)
         was_training = self.training
         try:
-            gates = self.eval()._run_blocks(images, None)[2]
+            gates = forward.run_blocks(self.eval(), images, None).gates
         finally:
             self.train(was_training)
         return [cast(Tensor, gate).expand(len(images), -1, -1) for gate in gates]
@@ -406,16 +463,16 @@ class PromptedViT(Passes):
             TypeError, ValueError: an argument does not fit.
             RuntimeError: another capture of this model is open, or the pass is compiled.
         """
-        if self._capture is not None:
+        if self.recording is not None:
             raise RuntimeError(
                 "capture: got a second one while the first is open, expected one at a time; leave "
                 "the first `with` block, or read its record"
             )
         depth = len(self.backbone.blocks)
-        self._capture = record = Capture(
+        self.recording = record = Capture(
             depth, blocks=blocks, queries=queries, attention=attention, features=features
         )
         try:
             yield record
         finally:
-            self._capture = None
+            self.recording = None

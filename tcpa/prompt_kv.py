@@ -5,39 +5,18 @@ Axes: N blocks, B batch, P prompt rows of a block, H heads, D head dim, C width.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import blocks
+from .block import PromptKV, key_value_parameters, prompt_keys_values, split_heads
 from .dispatch import autocast_dtype
+from .methods.base import PromptSource
+from .vit import ModuleLike, frozen_layer_norm
 
 T = TypeVar("T")
-
-
-class PromptKV(NamedTuple):
-    """Keys and values of one block's prompts, each `[P, H, D]` or `[B, P, H, D]`."""
-
-    keys: Tensor
-    values: Tensor
-
-    def with_keys(self, extra: Tensor) -> "PromptKV":
-        """Add prompts `[P', H, D]` that are their own keys and values."""
-        extra = extra.to(self.keys.dtype)
-        extra = extra if self.keys.ndim == 3 else extra.expand(len(self.keys), -1, -1, -1)
-        keys, values = (torch.cat((given, extra), dim=-3) for given in self)
-        return PromptKV(keys, values)
-
-
-def prompt_keys_values(
-    block: blocks.ModuleLike, prompts: Tensor, value_affine: nn.Module | None
-) -> PromptKV:
-    """Project raw prompts `[P, C]` or `[B, P, C]` to the keys and values of a block."""
-    normed = block.norm1(prompts.to(block.norm1.weight.dtype))
-    keys, values = blocks.project_keys_values(block.attn, normed)
-    return PromptKV(keys, values if value_affine is None else value_affine(values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +40,16 @@ class StackedProjections:
 
     @torch.no_grad()
     @staticmethod
-    def of(layers: Sequence[blocks.ModuleLike]) -> "StackedProjections | None":
+    def of(layers: Sequence[ModuleLike]) -> "StackedProjections | None":
         """Copy what the blocks hold; None unless all of it is frozen and alike.
 
         Under autocast the copy has the dtype in which products are computed.
         """
         if any(p.requires_grad for block in layers for p in block.attn.parameters()):
             return None
-        found = [blocks.frozen_layer_norm(block) for block in layers]
+        found = [frozen_layer_norm(block) for block in layers]
         norms = [norm for norm in found if norm is not None and norm.bias is not None]
-        parts = [blocks.key_value_parameters(block.attn) for block in layers]
+        parts = [key_value_parameters(block.attn) for block in layers]
         alike = len({weight.shape for weight, _ in parts} | {norm.eps for norm in norms}) == 2
         if len(norms) < len(found) or not alike:
             return None
@@ -87,7 +66,7 @@ class StackedProjections:
 
     def project(
         self,
-        layers: Sequence[blocks.ModuleLike],
+        layers: Sequence[ModuleLike],
         prompts: Tensor,
         value_affine: nn.Module | None,
     ) -> list[PromptKV]:
@@ -98,7 +77,7 @@ class StackedProjections:
         flat = torch.baddbmm(self.bias, normed.to(self.weight.dtype), self.weight)
         found = []
         for block, both in zip(layers, flat.unflatten(-1, (2, -1)), strict=True):
-            keys, values = (blocks.split_heads(block.attn, one) for one in both.unbind(-2))
+            keys, values = (split_heads(block.attn, one) for one in both.unbind(-2))
             values = values if value_affine is None else value_affine(values)
             found.append(PromptKV(block.attn.k_norm(keys), values))
         return found
@@ -112,7 +91,7 @@ class ParameterCache(Generic[T]):
         self._kept: T | None = None
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop what is kept."""
         self._state, self._kept = None, None
 
     def get(self, sources: Sequence[nn.Module | None], compute: Callable[[], T]) -> T:
@@ -121,20 +100,76 @@ class ParameterCache(Generic[T]):
         Changes are seen by torch's version counters, which edits through `.data` do not touch; the
         model clears the cache when it is moved, converted or switched to training or evaluation.
         """
-        modules = [module for module in sources if module is not None]
-        state = self._identify([t for m in modules for t in (*m.parameters(), *m.buffers())])
-        if state is None:
-            return compute()
+        # By hand: torch's iterators over parameters take thousands of calls.
+        modules, tensors = list(sources), []
+        for module in modules:
+            if module is not None:
+                modules.extend(module._modules.values())
+                tensors.extend(module._parameters.values())
+                tensors.extend(module._buffers.values())
+        found = [tensor for tensor in tensors if tensor is not None]
+        state: list[object] = []
+        for tensor in found:
+            if tensor.is_inference():
+                # Such tensors have no version counter: nothing can be kept.
+                return compute()
+            state.append((id(tensor), tensor.data_ptr(), tensor.dtype, tensor._version))
+        # Tensors made in inference mode must not be used outside it.
+        state += [torch.is_inference_mode_enabled(), autocast_dtype(found[0].device)]
         if state != self._state:
             self._state, self._kept = state, compute()
         return cast(T, self._kept)
 
-    @staticmethod
-    def _identify(parameters: list[Tensor]) -> object:
-        # Parameters made under inference_mode have no version counter: nothing can be kept.
-        if any(p.is_inference() for p in parameters):
-            return None
-        precision = autocast_dtype(parameters[0].device)
-        # Tensors made in inference mode must not be used outside it.
-        mode = torch.is_inference_mode_enabled()
-        return (mode, precision, [(id(p), p.data_ptr(), p.dtype, p._version) for p in parameters])
+
+class PromptProjector:
+    """Computes keys and values of the prompts of all blocks, and keeps what will be used again."""
+
+    def __init__(self) -> None:
+        self._kv = ParameterCache[list[PromptKV]]()
+        self._stack = ParameterCache[StackedProjections | None]()
+
+    def clear(self) -> None:
+        """Drop what is kept."""
+        self._kv.clear()
+        self._stack.clear()
+
+    def project(
+        self,
+        layers: Sequence[ModuleLike],
+        source: PromptSource,
+        value_affine: nn.Module | None,
+        batch_size: int,
+        *,
+        stacked: bool,
+    ) -> list[PromptKV]:
+        """Return keys and values block by block.
+
+        Args:
+            layers: the timm blocks.
+            source: gives the prompts.
+            value_affine: module applied to their values.
+            batch_size: B.
+            stacked: project with one product for all blocks where that is possible.
+        """
+        projections = [module for block in layers for module in (block.norm1, block.attn)]
+        # A compiler has no use for what is kept from call to call.
+        compiling = torch.compiler.is_compiling()
+        repeated = source.training or torch.is_grad_enabled()
+
+        def compute() -> list[PromptKV]:
+            prompts, stack = source(batch_size), None
+            if stacked and repeated and prompts.ndim == 3 and not compiling:
+                stack = self._stack.get(projections, lambda: StackedProjections.of(layers))
+            if stack is not None:
+                found = stack.project(layers, prompts, value_affine)
+            else:
+                pairs = zip(layers, prompts, strict=True)
+                found = [prompt_keys_values(one, rows, value_affine) for one, rows in pairs]
+            extra = source.extra_keys()
+            if extra is None:
+                return found
+            return [kv.with_keys(keys) for kv, keys in zip(found, extra, strict=True)]
+
+        if repeated or compiling:
+            return compute()
+        return self._kv.get([source, value_affine, *projections], compute)

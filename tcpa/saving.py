@@ -15,7 +15,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from . import blocks
+from . import vit
 from .adapter_format import (
     CONFIG_FILE,
     FORMAT,
@@ -29,14 +29,13 @@ from .adapter_format import (
 )
 from .checks import require
 from .methods.base import PromptConfig
-from .model import PromptedViT
 
 
-def save_pretrained(model: PromptedViT, directory: str | os.PathLike[str]) -> None:
+def save_pretrained(model: Any, directory: str | os.PathLike[str]) -> None:
     """Save the trained part of a model.
 
     Args:
-        model: the model.
+        model: what `wrap` returns.
         directory: folder for the two files; made if absent. Both are written whole before either
             replaces an earlier one, so an earlier adapter survives a failed save.
 
@@ -46,7 +45,8 @@ def save_pretrained(model: PromptedViT, directory: str | os.PathLike[str]) -> No
         RuntimeError: another model has taken the backbone over.
         OSError: the folder cannot be written.
     """
-    if not isinstance(model, PromptedViT):
+    # Not by type: the model calls this, and is not to be imported from here.
+    if not hasattr(model, "trained_tensors"):
         got = type(model).__name__
         raise TypeError(f"model: got {got}, expected what tcpa.wrap returns; unwrap it (.module)")
     model.require_backbone()
@@ -73,7 +73,7 @@ def save_pretrained(model: PromptedViT, directory: str | os.PathLike[str]) -> No
     )
 
 
-def describe(model: PromptedViT) -> dict[str, Any]:
+def describe(model: Any) -> dict[str, Any]:
     """Return what `adapter_config.json` says of a model."""
     from . import __version__
 
@@ -94,7 +94,7 @@ def describe(model: PromptedViT) -> dict[str, Any]:
             "name": f"{name}.{tag}" if tag else name,
             "image_size": list(backbone.patch_embed.img_size or ()),
             "dtype": backbone_dtype(model.backbone),
-            "settings": blocks.settings(backbone),
+            "settings": vit.settings(backbone),
             "fingerprint": backbone_fingerprint(backbone, model.tuning, model.mapping is not None),
         },
         "normalization": {"mean": model.normalization.mean, "std": model.normalization.std},

@@ -1,4 +1,4 @@
-"""The operations of one transformer block, as `tcpa.forward` runs it, with FLOPs and bytes.
+"""The operations of one transformer block, as `tcpa.block` runs it, with FLOPs and bytes.
 
 Axes: B batch, L tokens, P prompt rows, R pool entries, C width.
 """
@@ -20,7 +20,7 @@ class BlockCost:
     """One block of a workload."""
 
     def __init__(self, work: Workload, index: int, *, train: bool) -> None:
-        """Decide which rows the block computes; see `tcpa.forward.run_block`."""
+        """Decide which rows the block computes; see `tcpa.block.run_block`."""
         saved, has_prompts = work.savings, work.prompts > 0
         self.work, self.index, self.width = work, index, work.vit.width
         # Prompts that are more than keys and values: TCPA's join the projection, VPT's the block.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tcpa import DAMVPConfig, PromptConfig, PromptedViT, TCPAConfig, VPTConfig, blocks, wrap
+from tcpa import DAMVPConfig, PromptConfig, PromptedViT, TCPAConfig, VPTConfig, vit, wrap
 
 from ..providers.step import CLUSTERS, INPUT, INPUT_PROMPTS, StepCase, StepProvider
 
@@ -59,7 +59,7 @@ def build_model(case: StepCase, provider: StepProvider) -> PromptedViT:
     if isinstance(provider.input_prompt, DAMVPConfig):
         # Before anything is rounded: all forms are to have the same clusters.
         images = make_batch(replace(case, batch=CLUSTERS, device="cpu"), model)[0]
-        model.fit_clusters(images.to(blocks.input_weight(model.backbone).dtype))
+        model.fit_clusters(images.to(vit.input_weight(model.backbone).dtype))
     if provider.precision == "bfloat16":
         # Not before: prompts and head are to start from the same values in all precisions.
         trained = {id(p) for p in model.trainable_parameters()}

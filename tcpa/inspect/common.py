@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import blocks
+from .. import vit
 from ..checks import require, require_int, require_tensor
 from ..model import PromptedViT
 
@@ -38,7 +38,7 @@ def batches(model: PromptedViT, images: Tensor, batch_size: int) -> Iterator[Ten
     require_int("batch_size", batch_size, 1)
     images = require_tensor("images", images, "[B, channels, height, width]", 4)
     require(len(images) > 0, "images", "none", "at least one image", "pass some")
-    device = blocks.input_weight(model.backbone).device
+    device = vit.input_weight(model.backbone).device
     for part in images.split(batch_size):
         yield part.to(device)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import blocks
+from .. import vit
 from ..checks import require, require_bool, require_choice, require_int
 from .base import Choices, Fitted, InputConfig, InputPrompt, Modules, require_one_head
 from .vp import image_size, in_proportion, require_size
@@ -94,7 +94,7 @@ class AutoVPConfig(InputConfig):
         normalization: tuple[Sequence[float], Sequence[float]],
         num_classes: int | None,
     ) -> Modules:
-        channels, size = blocks.input_channels(backbone), image_size(backbone)
+        channels, size = vit.input_channels(backbone), image_size(backbone)
         made: Modules = {"input_prompt": BorderPrompt(self, channels, size, normalization)}
         if self.maps_logits:
             made["mapping"] = OutputMapping(self, backbone.num_classes, num_classes or 0)
@@ -204,6 +204,17 @@ class OutputMapping(Fitted):
 
     def find_fitted(self) -> None:
         self.fitted = self.index is None or bool((self.index >= 0).all())
+
+    def count(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Count how often images of a class are taken for a source class, int64 `[S, C]`.
+
+        Args:
+            logits: of the source classes, `[B, S]`.
+            labels: int64 `[B]`.
+        """
+        places = logits.argmax(1) * self.num_classes + labels
+        counts = torch.bincount(places, minlength=self.num_sources * self.num_classes)
+        return counts.view(self.num_sources, self.num_classes)
 
     def fit(self, counts: Tensor) -> None:
         """Choose the sources of every class.

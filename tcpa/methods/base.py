@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from .. import blocks
+from .. import vit
 from ..checks import require
 from ..dispatch import Impl
 from ..reference import NormalizeOver
@@ -217,7 +217,7 @@ class Choices(NamedTuple):
                 expected = ", ".join(kind.__name__ for kind in base.kinds.values())
                 raise TypeError(f"{name}: got {got}, expected {expected} or None; create one")
         if self.tuning.trains_backbone:
-            dtype = blocks.input_weight(backbone).dtype
+            dtype = vit.input_weight(backbone).dtype
             exact, remedy = dtype.itemsize >= 4, "convert it with .float() and train under autocast"
             got = f"a backbone in {dtype} under {type(self.tuning).__name__}"
             require(exact, "tuning", got, "float32: it trains weights of the backbone", remedy)
@@ -236,7 +236,7 @@ class Choices(NamedTuple):
         if self.input_prompt is not None:
             made |= self.input_prompt.build(backbone, normalization, self.num_classes)
         made |= self.tuning.build(backbone)
-        weight = blocks.input_weight(backbone)
+        weight = vit.input_weight(backbone)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         for module in made.values():
             module.to(device=weight.device, dtype=dtype)
@@ -355,5 +355,5 @@ def require_clusters(prompt: InputPrompt | None) -> Any:
 
 def require_one_head(backbone: Any, name: str, expected: str, remedy: str) -> None:
     """Refuse a backbone with two heads."""
-    heads = len(blocks.classifier_layers(backbone))
+    heads = len(vit.classifier_layers(backbone))
     require(heads == 1, name, f"a backbone with {heads} heads", expected, remedy)

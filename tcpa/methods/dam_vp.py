@@ -3,14 +3,14 @@
 Axes: B batch, J frames, C width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from .. import blocks
+from .. import vit
 from ..checks import require, require_int, require_number
 from .base import Choices, Modules
 from .vp import STRIPS, FramePrompt, VPConfig, image_size
@@ -68,7 +68,7 @@ class DAMVPConfig(VPConfig):
         normalization: tuple[Sequence[float], Sequence[float]],
         num_classes: int | None,
     ) -> Modules:
-        channels, size = blocks.input_channels(backbone), image_size(backbone)
+        channels, size = vit.input_channels(backbone), image_size(backbone)
         return {"input_prompt": ClusterFramePrompt(self, channels, size, backbone.embed_dim)}
 
 
@@ -114,6 +114,26 @@ class ClusterFramePrompt(FramePrompt):
         self.resize(len(found))
         self.prototypes.copy_(found)
         self.fitted = True
+
+    def fit_images(self, batches: Iterable[Tensor], features_of: Callable[[Tensor], Tensor]) -> int:
+        """Take the clusters of images; return how many there are.
+
+        Args:
+            batches: images, of which `num_images` are read.
+            features_of: maps images to features `[B, C]`.
+
+        Source:
+            DAM-VP (CVPR 2023): the first 1000 augmented, shuffled training images.
+        """
+        limit, count = self.config.num_images, 0
+        found = [torch.zeros(0, self.prototypes.shape[1], device=self.prototypes.device)]
+        for batch in batches:
+            found.append(features_of(batch[: limit - count]).float())
+            count += len(found[-1])
+            if count == limit:
+                break
+        self.fit(torch.cat(found))
+        return self.num_frames
 
     @torch.no_grad()
     def use_meta_prompt(self, strips: Sequence[Tensor]) -> None:

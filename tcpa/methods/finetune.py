@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from .. import blocks
+from .. import vit
 from ..checks import require, require_int, require_number
 from .base import Choices
 from .heads import HeadTuning
@@ -78,5 +78,5 @@ class FullTuning(HeadTuning):
 
 def _below_head(backbone: Any) -> dict[str, nn.Parameter]:
     """Return the parameters of the backbone, the head's apart, by name."""
-    heads = {id(p) for head in blocks.classifier_layers(backbone) for p in head.parameters()}
+    heads = {id(p) for head in vit.classifier_layers(backbone) for p in head.parameters()}
     return {name: p for name, p in backbone.named_parameters() if id(p) not in heads}

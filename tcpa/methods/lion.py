@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import blocks
+from .. import vit
 from ..checks import require, require_int, require_number
 from .base import Choices, InputConfig, InputPrompt, Modules, require_one_head
 
@@ -77,7 +77,7 @@ class LIONConfig(InputConfig):
         normalization: tuple[Sequence[float], Sequence[float]],
         num_classes: int | None,
     ) -> Modules:
-        channels, width = blocks.input_channels(backbone), backbone.embed_dim
+        channels, width = vit.input_channels(backbone), backbone.embed_dim
         return {
             "input_prompt": EquilibriumImagePrompt(self, channels),
             "feature_prompt": EquilibriumFeaturePrompt(self, channels, width),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import blocks
+from .. import vit
 from ..checks import require, require_bool
 from .base import Choices, Modules, require_one_head
 from .heads import HeadTuning
@@ -35,7 +35,7 @@ class SideTuning(HeadTuning):
 
     def validate(self, backbone: Any, choices: Choices) -> None:
         require_one_head(backbone, "tuning", "one feature to blend", "use one with one head")
-        channels, remedy = blocks.input_channels(backbone), "use another tuning"
+        channels, remedy = vit.input_channels(backbone), "use another tuning"
         fits = channels in (1, 3)
         require(fits, "tuning", f"{channels} channels", "1 or 3, which AlexNet can read", remedy)
 

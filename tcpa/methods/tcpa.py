@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from .. import blocks
+from .. import vit
 from ..checks import require, require_bool, require_choice, require_int, require_number
 from ..dispatch import Impl
 from ..ops import match_prompts, norm_match
@@ -194,7 +194,7 @@ class TCPAConfig(PromptConfig):
             made["value_affine"] = ValueAffine(self.num_prompts, backbone)
         layers: list[nn.Module] = [SimAM()] if self.simam else []
         if self.image_prompt:
-            layers.append(ConvImagePrompt(blocks.input_channels(backbone)))
+            layers.append(ConvImagePrompt(vit.input_channels(backbone)))
         return made | {"image_prompt": nn.Sequential(*layers)}
 
     @classmethod

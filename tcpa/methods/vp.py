@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import blocks
+from .. import vit
 from ..checks import require, require_int
 from .base import InputConfig, InputPrompt, Modules
 
@@ -51,7 +51,7 @@ class VPConfig(InputConfig):
         normalization: tuple[Sequence[float], Sequence[float]],
         num_classes: int | None,
     ) -> Modules:
-        channels, size = blocks.input_channels(backbone), image_size(backbone)
+        channels, size = vit.input_channels(backbone), image_size(backbone)
         return {"input_prompt": FramePrompt(self, channels, size)}
 
 

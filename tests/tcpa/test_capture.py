@@ -5,13 +5,13 @@ import torch
 from models import ARCHITECTURES
 from torch import Tensor, nn
 
+import tcpa.block
 from tcpa import (
     E2VPTConfig,
     GatedPromptConfig,
     Savings,
     TCPAConfig,
     VPTConfig,
-    forward,
     unpack_gate,
     wrap,
 )
@@ -97,7 +97,7 @@ def test_probabilities_are_those_of_the_pass(method: str, savings: Savings, monk
         return call
 
     for name in ("gated_attention", "dense_gated_attention"):
-        monkeypatch.setattr(forward, name, spy(getattr(forward, name)))
+        monkeypatch.setattr(tcpa.block, name, spy(getattr(tcpa.block, name)))
     with torch.no_grad(), model.capture() as record:
         model.forward_features(images)
     assert len(seen) == len(record) == 2

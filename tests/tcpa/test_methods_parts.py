@@ -15,7 +15,8 @@ from torch.autograd import gradcheck
 
 import tcpa
 from tcpa import wrap
-from tcpa.blocks import finish_block
+from tcpa.block import finish_block
+from tcpa.forward import prompt_images
 from tcpa.methods.autovp import frequency_mapping
 from tcpa.methods.dam_vp import cluster_features
 from tcpa.methods.lion import contracted, equilibrium
@@ -184,7 +185,7 @@ def test_an_image_gets_the_frame_of_the_nearest_prototype_of_its_plain_feature()
     torch.testing.assert_close(model.plain_features(images()), features, rtol=1e-4, atol=1e-5)
     expected = torch.cdist(features, model.input_prompt.prototypes).argmin(1)
     assert torch.equal(model.clusters(images()), expected) and len(set(expected.tolist())) == 3
-    prompted = model._prompt_images(images())
+    prompted = prompt_images(model, images())
     frames = model.input_prompt.frames()
     torch.testing.assert_close(prompted, images() + frames[expected])
     # Gradients reach the frames of the clusters that are there.

@@ -47,7 +47,7 @@ def test_without_prompts_the_model_is_the_backbone(key):
 def timm_with_prompt_tokens(backbone, prompts, images, deep):
     """Let timm itself run prompts as further prefix tokens, which it does not rotate."""
     prefix, count = backbone.num_prefix_tokens, prompts.shape[1]
-    x, ropes = tcpa.blocks.embed_images(backbone, images)
+    x, ropes = tcpa.vit.embed_images(backbone, images)
     for index, (block, rope) in enumerate(zip(backbone.blocks, ropes, strict=True)):
         if deep or index == 0:
             rows = prompts[index].expand(len(x), -1, -1)
@@ -392,7 +392,7 @@ def test_bad_arguments_of_wrap():
         wrap("vit_tiny_patch16_224", QUIET)
     with pytest.raises(ValueError, match="backbone: got a wrapped model"):
         wrap(wrap(TINY.create(), QUIET), QUIET)
-    with pytest.raises(TypeError, match="config: got dict, expected TCPAConfig, VPTConfig, E2VPT"):
+    with pytest.raises(TypeError, match="config: got dict, expected .*TCPAConfig"):
         wrap(TINY.create(), {})
     with pytest.raises(TypeError, match="savings: got bool, expected Savings"):
         wrap(TINY.create(), QUIET, savings=True)

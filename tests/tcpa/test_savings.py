@@ -169,8 +169,8 @@ def test_prompt_keys_are_kept_until_a_parameter_changes():
     images = ARCHITECTURES["vit-tiny"].images()
     with torch.no_grad():
         first = model(images)
-        kept = model._kv_cache._kept
-        assert torch.equal(model(images), first) and model._kv_cache._kept is kept
+        kept = model.projector._kv._kept
+        assert torch.equal(model(images), first) and model.projector._kv._kept is kept
         model.pools.image_prompts.mul_(-1)
         second = model(images)
         assert not torch.equal(second, first)
@@ -198,14 +198,14 @@ def test_one_product_projects_the_prompts_of_all_blocks_and_follows_the_weights(
             change()
         model.zero_grad()
         model(images).sum().backward()
-        stack = model._stack_cache._kept
+        stack = model.projector._stack._kept
         assert stack is not None and stack.weight.shape[0] == len(model.backbone.blocks)
         ours = {name: p.grad for name, p in model.trainable_named_parameters().items()}
         model.zero_grad()
         model.savings = replace(model.savings, prompt_kv_stacked=False)
-        model._stack_cache.clear()
+        model.projector._stack.clear()
         model(images).sum().backward()
-        assert model._stack_cache._kept is None
+        assert model.projector._stack._kept is None
         model.savings = Savings()
         for name, p in model.trainable_named_parameters().items():
             grad = ours[name]
@@ -214,4 +214,4 @@ def test_one_product_projects_the_prompts_of_all_blocks_and_follows_the_weights(
                 torch.testing.assert_close(grad, p.grad, rtol=1e-12, atol=1e-12)
     block.attn.qkv.weight.requires_grad_()
     model(images).sum().backward()
-    assert model._stack_cache._kept is None and block.attn.qkv.weight.grad is not None
+    assert model.projector._stack._kept is None and block.attn.qkv.weight.grad is not None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 import tcpa
-from tcpa.blocks import classifier_layers
+from tcpa.vit import classifier_layers
 
 from ...cli import UsageError
 from ..backbones import BackboneRecord, load_backbone

@@ -96,7 +96,7 @@ def _image_size(model) -> int:
 
 
 def _channels(model) -> int:
-    from tcpa.blocks import input_channels
+    from tcpa.vit import input_channels
 
     channels = input_channels(model.backbone)
     if channels not in (1, 3):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tcpa
-from tcpa import blocks
+from tcpa import vit
 from tcpa.adapter_format import CONFIG_FILE
 
 from ...cli import UsageError
@@ -217,7 +217,7 @@ def _weights_of(adapter: Adapter) -> tuple[str, int | None]:
 
 def _is_demo(adapter: Adapter) -> bool:
     own = demo.load_backbone()
-    settings = json.loads(json.dumps(blocks.settings(own)))
+    settings = json.loads(json.dumps(vit.settings(own)))
     return adapter.name == type(own).__name__ and adapter.backbone["settings"] == settings
 
 

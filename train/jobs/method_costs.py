@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tcpa
-from tcpa.blocks import classifier_layers
+from tcpa.vit import classifier_layers
 
 from ...cli import UsageError
 from ..backbones import ALIASES
