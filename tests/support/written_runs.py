@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 from tcpa.train.options.run import RunConfig
-from tcpa.train.recipes.runspec import describe, resolve, run_folder
+from tcpa.train.recipes.runspec import resolve
 
 VERSIONS = {"torch": "2.15"}
 
@@ -21,9 +21,9 @@ def write_run(output, accuracies=(80.0, 89.0, 88.0), *, complete=True, device="H
     config = RunConfig(**{"dataset": "cub", "seed": 1, "output": output} | options)
     settings = resolve(config)
     settings = replace(settings, epochs=len(accuracies))
-    folder = run_folder(config, settings)
+    folder = settings.folder
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(describe(config, settings)))
+    (folder / "config.json").write_text(json.dumps(settings.describe()))
     splits = ("train", "val", "test") if config.protocol == "val" else ("train", "test")
     start = {
         "date": "2026-01-02T03:04:05+00:00",

@@ -25,7 +25,7 @@ from tcpa.train.engine.stages import Stages
 from tcpa.train.engine.trainer import Trainer
 from tcpa.train.jobs.run import run
 from tcpa.train.recipes.recipe import METHODS
-from tcpa.train.recipes.runspec import resolve, run_folder
+from tcpa.train.recipes.runspec import resolve
 
 CPU = World(torch.device("cpu"))
 LARGE = {"sidetune": 64}
@@ -67,7 +67,7 @@ def test_a_row_trains_and_comes_back(method, tmp_path):
     config = config_for(method, tmp_path, protocol="last", epochs=2)
     settings = resolve(config)
     result = run(config, splits_for(method))
-    folder = run_folder(config, settings)
+    folder = settings.folder
     losses = [line["loss"] for line in metrics(folder, "epoch")]
     assert len(losses) == 2 and losses[1] < losses[0]
     torch.manual_seed(settings.seed)
@@ -85,7 +85,7 @@ def test_a_row_trains_and_comes_back(method, tmp_path):
 def make_trainer(method, tmp_path, total=6, **options):
     config = config_for(method, tmp_path, **options)
     settings = resolve(config)
-    built = build_model(config, settings, CPU, CLASSES)
+    built = build_model(settings, CPU, CLASSES)
     return Trainer(built.model, settings, CPU, built.numerics, total_steps=total)
 
 
@@ -209,8 +209,8 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(method, options, tmp_path):
             continue
         break
     run(stopped, splits_for(method))
-    expected = tensors_of(run_folder(whole, resolve(whole)))
-    found = tensors_of(run_folder(stopped, resolve(stopped)))
+    expected = tensors_of(resolve(whole).folder)
+    found = tensors_of(resolve(stopped).folder)
     for got, truth in zip(found, expected, strict=True):
         assert got.keys() == truth.keys()
         assert all(torch.equal(got[name], value) for name, value in truth.items())
@@ -219,7 +219,7 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(method, options, tmp_path):
 def test_clusters_are_found_before_the_first_step(tmp_path):
     config = config_for("dam-vp", tmp_path, protocol="last", epochs=1)
     result = run(config, splits_for("dam-vp"))
-    folder = run_folder(config, resolve(config))
+    folder = resolve(config).folder
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert adapter["input_prompt.prototypes"].shape == (16, 64)
     assert adapter["input_prompt.up"].shape[0] == 16 and result.trainable > 16
@@ -240,7 +240,7 @@ def test_pruning_rewinds_what_is_left(tmp_path):
     settings, splits = resolve(config), splits_for("e2vpt")
     assert (settings.epochs, settings.rounds) == (2, 2)
     trainer = make_trainer("e2vpt", tmp_path, epochs=1, **shares)
-    stages = Stages(config, settings, CPU, trainer, splits.train)
+    stages = Stages(settings, CPU, trainer, splits.train)
     first = {name: value.clone() for name, value in trainer.model.trained_tensors().items()}
     assert stages.before(0) is None
     trainer.begin(0)
@@ -269,7 +269,7 @@ def test_only_the_pruned_model_can_be_chosen(tmp_path, monkeypatch):
     config = config_for("e2vpt", tmp_path, epochs=2, prune_tokens=0.4, prune_segments=0.5)
     result = run(config, splits_for("e2vpt"))
     assert epochs == [1, 2, 3, 4] and result.epoch == 3
-    folder = run_folder(config, resolve(config))
+    folder = resolve(config).folder
     saved = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert saved["tokens.token_mask"].sum() == 3
 
@@ -320,9 +320,9 @@ def test_stages_are_refused_where_they_mean_nothing(tmp_path):
 def test_weights_that_are_trained_are_not_stored_in_bfloat16(tmp_path):
     config = config_for("bias", tmp_path, precision="bf16")
     with pytest.raises(UsageError, match="--precision: got bf16, expected bf16-autocast, fp16 or"):
-        build_model(config, resolve(config), CPU, CLASSES)
+        build_model(resolve(config), CPU, CLASSES)
     config = config_for("bias", tmp_path, precision="auto")
-    built = build_model(config, resolve(config), CPU, CLASSES)
+    built = build_model(resolve(config), CPU, CLASSES)
     assert built.numerics.weights == torch.float32
 
 
@@ -330,7 +330,7 @@ def test_precisions_keep_what_is_counted(tmp_path):
     built = {}
     for precision in ("fp32", "bf16"):
         config = config_for("adaptformer", tmp_path, precision=precision)
-        built[precision] = build_model(config, resolve(config), CPU, CLASSES).model
+        built[precision] = build_model(resolve(config), CPU, CLASSES).model
     found = built["bf16"].trained_tensors()
     for name, value in built["fp32"].trained_tensors().items():
         assert found[name].dtype == torch.float32 and torch.equal(found[name], value), name
@@ -350,8 +350,8 @@ def test_autovp_maps_the_heads_logits_and_goes_on(mapping, tmp_path):
     with pytest.raises(Stop):
         run(stopped, stop_after(splits_for("autovp"), 3 if mapping == "full" else 8))
     run(stopped, splits_for("autovp"))
-    expected = tensors_of(run_folder(whole, resolve(whole)))
-    found = tensors_of(run_folder(stopped, resolve(stopped)))
+    expected = tensors_of(resolve(whole).folder)
+    found = tensors_of(resolve(stopped).folder)
     for got, truth in zip(found, expected, strict=True):
         assert got.keys() == truth.keys()
         assert all(torch.equal(got[name], value) for name, value in truth.items())
@@ -369,7 +369,7 @@ def test_mappings_are_refused_where_they_mean_nothing(tmp_path):
         resolve(config_for("autovp", tmp_path, mapping="frequency", mapping_sources=0))
     many = config_for("autovp", tmp_path, mapping="frequency", mapping_sources=300)
     with pytest.raises(UsageError, match="source classes: got 1000, expected at least 1200, 300"):
-        build_model(many, resolve(many), CPU, CLASSES)
+        build_model(resolve(many), CPU, CLASSES)
     file = config_for("autovp", tmp_path, mapping="full", weights="vit.npz")
     with pytest.raises(UsageError, match=r"--weights: got vit.npz with --mapping, expected pre"):
-        build_model(file, resolve(file), CPU, CLASSES)
+        build_model(resolve(file), CPU, CLASSES)

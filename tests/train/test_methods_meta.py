@@ -23,7 +23,7 @@ from tcpa.train.engine.stages import Stages
 from tcpa.train.engine.step import keep_critical
 from tcpa.train.engine.trainer import Trainer
 from tcpa.train.jobs.run import run
-from tcpa.train.recipes.runspec import resolve, run_folder
+from tcpa.train.recipes.runspec import resolve
 
 CPU = World(torch.device("cpu"))
 TINY = ARCHITECTURES["vit-tiny"]
@@ -85,14 +85,14 @@ def test_meta_prompts_come_back_and_start_the_frames_of_a_run(tmp_path):
     save_meta_prompt([*strips, strips[2] + 1], path)
     assert all(map(torch.equal, load_meta_prompt(path), [*strips, strips[2] + 1]))
     settings, splits = resolve(config), make_splits()
-    built = build_model(config, settings, CPU, CLASSES)
+    built = build_model(settings, CPU, CLASSES)
     trainer = Trainer(built.model, settings, CPU, built.numerics, total_steps=6)
-    assert Stages(config, settings, CPU, trainer, splits.train).before(0).startswith("16 clusters")
+    assert Stages(settings, CPU, trainer, splits.train).before(0).startswith("16 clusters")
     assert (built.model.input_prompt.down == strips[1]).all()
     assert frame.width == built.model.input_prompt.width
     # Another file is another run.
     run(config, splits)
-    assert run_folder(config, settings).exists()
+    assert settings.folder.exists()
     save_meta_prompt([*strips, strips[2]], path)
     with pytest.raises(UsageError, match="meta_prompt"):
         run(config, splits)

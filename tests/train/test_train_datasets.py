@@ -67,7 +67,7 @@ def test_each_protocol_reads_its_splits(tmp_path):
         ("last", {"test"}),
     ):
         config = make_config(tmp_path, dataset="dtd", data=root, protocol=protocol, **OPTIONS)
-        splits = load_splits(config, resolve(config), world)
+        splits = load_splits(resolve(config), world)
         assert splits.evaluation.keys() == expected
         assert splits.num_classes == 3
         assert splits.record.keys() == {"train"} | expected
@@ -79,7 +79,7 @@ def test_processes_share_out_a_batch_that_mixes(tmp_path):
     for rank in range(2):
         config = make_config(tmp_path, dataset="dtd", data=root, **OPTIONS)
         world = World(torch.device("cpu"), rank, 2)
-        splits = load_splits(config, resolve(config), world)
+        splits = load_splits(resolve(config), world)
         parts.append([len(batch.images) for batch in splits.train.epoch(0)])
         tested = sum(len(batch.images) for batch in splits.evaluation["test"].epoch(0))
         assert 0 < tested < splits.evaluation["test"].num_images

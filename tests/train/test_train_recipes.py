@@ -19,7 +19,7 @@ from tcpa.train.options.run import (
     parse_normalization,
 )
 from tcpa.train.recipes.recipe import METHODS, compose, print_recipes, recipe, recipe_rows
-from tcpa.train.recipes.runspec import POOLS, describe, resolve, run_folder
+from tcpa.train.recipes.runspec import POOLS, resolve
 
 HPARAMS = Path(__file__).parents[1] / "data" / "hparams_hta.csv"
 """What the official scripts pass, one row per dataset."""
@@ -103,7 +103,7 @@ def test_choices_of_a_row_can_be_replaced(tmp_path):
     config = make_config(tmp_path, method="vpt-deep", **choices)
     found = resolve(config)
     assert found.method == "vpt-deep_input-vp_tuning-bias"
-    assert run_folder(config, found).parent.name == found.method
+    assert found.folder.parent.name == found.method
     assert found.input_prompt == tcpa.VPConfig() and found.tuning == tcpa.BiasTuning()
     assert found.prompts == recipe("cub", "vpt-deep").prompts
     assert "of which a choice was replaced" in found.note
@@ -112,10 +112,8 @@ def test_choices_of_a_row_can_be_replaced(tmp_path):
     # Tunings with equal fields are told apart.
     plain = resolve(make_config(tmp_path, method="vpt-deep", tuning="head"))
     other = resolve(make_config(tmp_path, method="vpt-deep", tuning="bias"))
-    assert (
-        describe(config, plain)["recipe"]["tuning"] == describe(config, other)["recipe"]["tuning"]
-    )
-    assert describe(config, plain) != describe(config, other)
+    assert plain.describe()["recipe"]["tuning"] == other.describe()["recipe"]["tuning"]
+    assert plain.describe() != other.describe()
     assert recipe("cub", "dam-vp_input-none").input_prompt is None
 
 
@@ -163,7 +161,7 @@ def test_options_replace_what_they_name(tmp_path):
     assert (found.epochs, found.batch_size, found.crop, found.resize) == (2, 8, 32, 40)
     assert found.seed == 5
     changed = {"epochs", "batch_size", "crop", "resize", "seed", "prompts"}
-    for field in dataclasses.fields(found):
+    for field in dataclasses.fields(official):
         same = getattr(found, field.name) == getattr(official, field.name)
         assert same == (field.name not in changed), field.name
     prompts = found.prompts
@@ -172,13 +170,14 @@ def test_options_replace_what_they_name(tmp_path):
     assert (prompts.cls_top_k, prompts.image_top_k, prompts.match_weight) == (2, 2, 0.5)
     assert (prompts.random_selection_epochs, prompts.prompt_dropout) == (1, 0.0)
     expected = tmp_path / "cub" / "vfpt+tcpa" / "official-seed5"
-    assert run_folder(config, found) == expected
+    assert found.folder == expected
 
 
 def test_the_default_run_is_the_recipe():
-    config = RunConfig(dataset="gtsrb")
-    assert resolve(config) == recipe("gtsrb")
-    described = describe(config, resolve(config))
+    found, usual = resolve(RunConfig(dataset="gtsrb")), recipe("gtsrb")
+    for field in dataclasses.fields(usual):
+        assert getattr(found, field.name) == getattr(usual, field.name), field.name
+    described = found.describe()
     assert described["normalization"]["mean"] == [0.485, 0.456, 0.406]
     assert described["options"]["backbone"] == "orig_in21k"
 
@@ -200,8 +199,7 @@ def test_prompts_without_pools_have_dropout_too(tmp_path):
 
 
 def test_values_that_do_not_fit_each_other_are_named(tmp_path):
-    message = "--top-k: got 9, expected at most the cls pool's 4 entries"
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match="--top-k: got 9, expected at most cls_pool_size=4"):
         resolve(make_config(tmp_path, top_k=9))
     with pytest.raises(UsageError, match=r"--image-size: got 32, expected at most --resize \(16\)"):
         resolve(make_config(tmp_path, resize=16))

@@ -23,7 +23,7 @@ from tcpa.train.engine.folder import differences
 from tcpa.train.engine.precision import NUMERICS
 from tcpa.train.jobs import run as running
 from tcpa.train.jobs.run import run
-from tcpa.train.recipes.runspec import describe, resolve
+from tcpa.train.recipes.runspec import resolve
 
 CPU = World(torch.device("cpu"))
 
@@ -333,7 +333,5 @@ def test_a_run_without_its_checkpoints_says_that_it_begins_anew(tmp_path, capsys
 
 def test_a_run_of_one_folder_does_not_answer_for_another(tmp_path):
     config = make_config(tmp_path, dataset="folder")
-    first, second = (
-        describe(replace(config, data=tmp_path / name), resolve(config)) for name in "ab"
-    )
+    first, second = (resolve(replace(config, data=tmp_path / name)).describe() for name in "ab")
     assert differences(first, second) == [("folder", "a", "b")]

@@ -22,7 +22,7 @@ from tcpa.train.options.run import RunConfig, SweepConfig
 from tcpa.train.options.search import SearchConfig
 from tcpa.train.recipes.choices import CHOICE, Choice, read_choice
 from tcpa.train.recipes.recipe import recipe
-from tcpa.train.recipes.runspec import describe, resolve, run_folder
+from tcpa.train.recipes.runspec import resolve
 
 SMALL = {"backbone": "test_vit", "weights": "none", "image_size": 32, "precision": "fp32",
          "device": "cpu", "tensorboard": False, "epochs": 1, "batch_size": 8}  # fmt: skip
@@ -37,7 +37,7 @@ def write_trial(job: Job) -> str | None:
     config = tyro.cli(RunConfig, args=job.command[len(PROGRAM) :])
     assert config.protocol == "tune"
     settings = resolve(config)
-    folder = run_folder(config, settings)
+    folder = settings.folder
     folder.mkdir(parents=True, exist_ok=True)
     count = folder / "starts"
     count.write_text(str(int(count.read_text()) + 1 if count.exists() else 1))
@@ -55,7 +55,7 @@ def write_trial(job: Job) -> str | None:
     accuracy = {0.5: 60.0, 1.0: 80.0, 2.0: 70.0}.get(rate, 10.0) - 20 * (decay == 0.01)
     start = dict.fromkeys(("date", "device", "precision", "eval_precision"), "d")
     start |= {"processes": 1, "backbone": {}, "data": {}, "versions": {}}
-    (folder / "config.json").write_text(json.dumps(describe(config, settings)))
+    (folder / "config.json").write_text(json.dumps(settings.describe()))
     (folder / "environment.json").write_text(json.dumps([start]))
     shared = {"epoch": 1, "loss": 1.0, "seconds": 1.0}
     lines = [{"kind": "epoch", **shared},
@@ -148,7 +148,7 @@ def test_every_pair_is_one_run_that_reads_no_test_image(stand_in, tmp_path, caps
     pairs = [(run.learning_rate, run.weight_decay) for run in runs]
     assert pairs == list(product((0.5, 1.0), (0.0, 0.001, 0.01)))
     assert {run.protocol for run in runs} == {"tune"}
-    folders = {run_folder(run, resolve(run)) for run in runs}
+    folders = {resolve(run).folder for run in runs}
     assert len(folders) == 6 and {folder.parent for folder in folders} == {
         tmp_path / "searches/vtab-pets/vpt-deep"
     }
@@ -218,12 +218,12 @@ def test_runs_take_the_choice(stand_in, tmp_path) -> None:
     assert settings.note.startswith("rate and decay were chosen on validation images")
     assert "middle values" not in settings.note
     jobs = jobs_of(SweepConfig(datasets=("vtab-pets",), methods=("vpt-deep",), **given))
-    assert [job.settings.seed for job in jobs] == [42, 44, 82, 100, 800]
-    assert {job.settings.learning_rate for job in jobs} == {1.0}
+    assert [job.spec.seed for job in jobs] == [42, 44, 82, 100, 800]
+    assert {job.spec.learning_rate for job in jobs} == {1.0}
     # The command of a job gives the same run.
     for job in jobs:
         again = tyro.cli(RunConfig, args=job.command[len(PROGRAM) :])
-        assert describe(again, resolve(again)) == describe(job.config, job.settings)
+        assert resolve(again).describe() == job.spec.describe()
 
 
 def refused(tmp_path, **options) -> str:

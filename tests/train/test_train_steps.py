@@ -31,11 +31,11 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "lr_schedule.npz"
 CPU = World(torch.device("cpu"))
 
 
-def make_trainer(tmp_path, *, total=6, graph=False, world=CPU, **options):
+def make_trainer(tmp_path, *, total=6, world=CPU, **options):
     config = make_config(tmp_path, **options)
     settings = resolve(config)
-    built = build_model(config, settings, world, CLASSES)
-    trainer = Trainer(built.model, settings, world, built.numerics, total_steps=total, graph=graph)
+    built = build_model(settings, world, CLASSES)
+    trainer = Trainer(built.model, settings, world, built.numerics, total_steps=total)
     trainer.begin(0)
     return trainer, settings
 
@@ -292,7 +292,7 @@ def test_auto_is_bf16_where_that_is_native(monkeypatch):
 def test_a_graph_is_refused_where_it_cannot_be(tmp_path):
     cuda = torch.device("cuda")
     with pytest.raises(UsageError, match="--cuda-graph: got --device cpu, expected a CUDA device"):
-        build_model(make_config(tmp_path, cuda_graph=True), resolve(make_config(tmp_path)), CPU, 3)
+        build_model(resolve(make_config(tmp_path, cuda_graph=True)), CPU, 3)
     with pytest.raises(UsageError, match="--cuda-graph: got 2 processes, expected one process"):
         require_graph(NUMERICS["bf16"], World(cuda, 0, 2))
     with pytest.raises(UsageError, match="--cuda-graph: got --precision fp16, expected bf16"):
@@ -371,7 +371,7 @@ def test_graphs_on_a_gpu_equal_eager_steps(precision, tmp_path):
     world = World(torch.device("cuda"))
     options = {"world": world, "precision": precision, "device": "cuda"}
     eager, _ = make_trainer(tmp_path, **options)
-    graphed, _ = make_trainer(tmp_path, graph=True, **options)
+    graphed, _ = make_trainer(tmp_path, cuda_graph=True, **options)
     for a, b in zip(run_steps(eager, "cuda"), run_steps(graphed, "cuda"), strict=True):
         assert a[1] == b[1]
         assert a[0] == pytest.approx(b[0], rel=1e-5)
@@ -382,7 +382,7 @@ def test_graphs_on_a_gpu_equal_eager_steps(precision, tmp_path):
 
 def test_the_model_is_the_recipes(tmp_path):
     config = make_config(tmp_path, normalize="half")
-    built = build_model(config, resolve(config), CPU, CLASSES)
+    built = build_model(resolve(config), CPU, CLASSES)
     assert built.model.config == resolve(config).prompts
     assert built.model.normalization == tcpa.Normalization((0.5,) * 3, (0.5,) * 3)
     assert built.model.num_classes == CLASSES
@@ -394,4 +394,4 @@ def test_a_backbone_that_is_not_covered_is_named(tmp_path):
     assert timm.is_model("resnet18")
     config = make_config(tmp_path, backbone="resnet18", image_size=224)
     with pytest.raises(UsageError, match=r"--backbone resnet18: .*ResNet is not a timm model of a"):
-        build_model(config, resolve(config), CPU, CLASSES)
+        build_model(resolve(config), CPU, CLASSES)

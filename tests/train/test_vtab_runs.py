@@ -63,7 +63,7 @@ def test_tuning_on_hta_leaves_out_the_test_images(tmp_path) -> None:
 def test_training_images_are_not_augmented(tmp_path) -> None:
     write_task("vtab-pets", tmp_path / "data")
     config = config_of("vtab-pets", tmp_path, method="linear", mixup_alpha=0.0, normalize="none")
-    splits = load_splits(config, resolve(config), World(torch.device("cpu")))
+    splits = load_splits(resolve(config), World(torch.device("cpu")))
 
     def images(epoch: int) -> torch.Tensor:
         found = torch.cat([batch.images for batch in splits.train.epoch(epoch)])
@@ -76,7 +76,7 @@ def test_training_images_are_not_augmented(tmp_path) -> None:
 def test_what_the_images_are_can_be_stated(tmp_path) -> None:
     write_task("vtab-pets", tmp_path / "data", kind="jpg")
     config = config_of("vtab-pets", tmp_path, method="linear", vtab_source="original")
-    splits = load_splits(config, resolve(config), World(torch.device("cpu")))
+    splits = load_splits(resolve(config), World(torch.device("cpu")))
     assert splits.record["train"]["source"] == {
         "kind": "original",
         "reason": "stated by --vtab-source",

@@ -10,8 +10,7 @@ from ..data.batches import Batches
 from ..data.cached import CachedSplit, open_cached
 from ..data.crops import Transform
 from ..data.splits import SplitName, training_split
-from ..options.run import RunConfig
-from ..recipes.recipe import Recipe
+from ..recipes.runspec import RunSpec
 from .distributed import World
 from .inputs import Splits
 from .objective import mixes
@@ -25,44 +24,44 @@ EVALUATED: dict[str, tuple[SplitName, ...]] = {
 """Protocol -> splits that it reads besides the training images."""
 
 
-def load_splits(config: RunConfig, settings: Recipe, world: World) -> Splits:
+def load_splits(spec: RunSpec, world: World) -> Splits:
     """Open the splits that a run needs; images are decoded into the cache the first time.
 
     Raises:
         UsageError: data are missing or broken, or settings do not fit them.
     """
-    train = _open(config, settings, world, training_split(config.dataset, config.protocol))
+    train = _open(spec, world, training_split(spec.dataset, spec.protocol))
     shared: dict[str, Any] = {
         "device": world.device,
-        "seed": settings.seed,
+        "seed": spec.seed,
         "rank": world.rank,
         "world": world.size,
-        "resident": config.resident,
+        "resident": spec.resident,
     }
-    mean, std = config.normalization
-    colours: dict[str, Any] = {"crop": settings.crop, "mean": mean, "std": std}
+    mean, std = spec.normalization
+    colours: dict[str, Any] = {"crop": spec.crop, "mean": mean, "std": std}
     source = Batches(
         train,
-        batch_size=settings.batch_size,
-        transform=Transform(train=settings.augment, **colours),
+        batch_size=spec.batch_size,
+        transform=Transform(train=spec.augment, **colours),
         shuffle=True,
-        even=mixes(settings),
+        even=mixes(spec),
         **shared,
     )
     evaluation, record, absent = {}, {"train": train.record}, {}
-    for name in EVALUATED[config.protocol]:
-        split = _open(config, settings, world, name)
+    for name in EVALUATED[spec.protocol]:
+        split = _open(spec, world, name)
         if len(split.rows) == 0:
             raise UsageError(
-                f"DATASET {config.dataset}: got no {name} images, expected some for --protocol "
-                f"{config.protocol}; add them, or choose another protocol"
+                f"DATASET {spec.dataset}: got no {name} images, expected some for --protocol "
+                f"{spec.protocol}; add them, or choose another protocol"
             )
         record[name] = split.record
         if missing := sorted(set(range(split.num_classes)) - set(split.labels.tolist())):
             absent[name] = [split.class_names[label] for label in missing]
         evaluation[name] = Batches(
             split,
-            batch_size=config.eval_batch_size or settings.batch_size,
+            batch_size=spec.eval_batch_size or spec.batch_size,
             transform=Transform(train=False, **colours),
             shuffle=False,
             **shared,
@@ -76,23 +75,23 @@ def load_splits(config: RunConfig, settings: Recipe, world: World) -> Splits:
     )
 
 
-def _open(config: RunConfig, settings: Recipe, world: World, split: SplitName) -> CachedSplit:
+def _open(spec: RunSpec, world: World, split: SplitName) -> CachedSplit:
     """Open a split; a bar shows how far its images are decoded."""
     console = Console(stderr=True)
     hidden = not (world.is_main and console.is_terminal)
     with Progress(console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task(f"decoding {config.dataset}", total=None)
+        task = bar.add_task(f"decoding {spec.dataset}", total=None)
 
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
         return open_cached(
-            config.dataset,
-            config.data,
+            spec.dataset,
+            spec.data,
             split,
-            protocol=config.protocol,
-            source=config.vtab_source,
-            cache=config.cache,
-            resize=settings.resize,
+            protocol=spec.protocol,
+            source=spec.vtab_source,
+            cache=spec.cache,
+            resize=spec.resize,
             progress=show,
         )

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ...cli import UsageError
-from ..options.run import RunConfig
-from ..recipes.recipe import Recipe
+from ..recipes.runspec import RunSpec
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .distributed import Agreement, World
 from .evaluate import Evaluation, evaluate
@@ -71,30 +70,28 @@ class Loop:
 
     def __init__(
         self,
-        config: RunConfig,
-        settings: Recipe,
+        spec: RunSpec,
         world: World,
         built: BuiltModel,
         splits: Splits,
         folder: Path,
     ) -> None:
-        self.config, self.settings, self.world = config, settings, world
+        self.spec, self.world = spec, world
         self.built, self.splits, self.folder = built, splits, folder
         self.batches = len(splits.train)
         if self.batches == 0:
             raise UsageError(
-                f"DATASET {config.dataset}: got {splits.train.num_images} training images, "
+                f"DATASET {spec.dataset}: got {splits.train.num_images} training images, "
                 "expected at least one batch; lower --batch-size"
             )
         self.trainer = Trainer(
             built.model,
-            settings,
+            spec,
             world,
             built.numerics,
-            total_steps=settings.epochs * self.batches,
-            graph=config.cuda_graph,
+            total_steps=spec.epochs * self.batches,
         )
-        self.stages = Stages(config, settings, world, self.trainer, splits.train)
+        self.stages = Stages(spec, world, self.trainer, splits.train)
         self.state = State()
         self.best: dict[str, Tensor] = {}
         self._saved, self._mark = time.monotonic(), time.perf_counter()
@@ -185,7 +182,7 @@ class Loop:
         self.trainer.images_seen = int(mine[3])
 
     def _save_if_due(self, journal: Journal | None) -> None:
-        late = time.monotonic() - self._saved >= self.config.checkpoint_seconds
+        late = time.monotonic() - self._saved >= self.spec.checkpoint_seconds
         if self.world.agree(late):
             self.save(journal)
 
@@ -204,10 +201,10 @@ class Loop:
             Interrupted: a process was asked to end; a checkpoint is written.
         """
         self._requests = requests
-        while self.state.epoch < self.settings.epochs:
+        while self.state.epoch < self.spec.epochs:
             self._train_epoch(journal, display)
             self._finish_epoch(journal, display)
-            if self.state.epoch == self.settings.epochs:
+            if self.state.epoch == self.spec.epochs:
                 self.save(journal)
             else:
                 self._save_if_due(journal)
@@ -229,7 +226,7 @@ class Loop:
             state.step += 1
             display.advance(batch.size)
             last = state.batch == self.batches
-            if last or state.batch % self.config.log_steps == 0:
+            if last or state.batch % self.spec.log_steps == 0:
                 self._look(journal, display)
                 if not last:
                     self._save_if_due(journal)
@@ -245,9 +242,9 @@ class Loop:
         number = self._agreement.ask(self._requests.received)
         if not number:
             return
-        state, total = self.state, self.settings.epochs * self.batches
+        state, total = self.state, self.spec.epochs * self.batches
         # After the last epoch the model may hold the chosen values; all else is saved.
-        if state.epoch < self.settings.epochs:
+        if state.epoch < self.spec.epochs:
             # Between the last step of an epoch and its end nothing is unlooked.
             waiting = self.trainer.images_seen > 0
             state.unlooked_seconds = time.perf_counter() - self._mark if waiting else 0.0
@@ -292,14 +289,14 @@ class Loop:
         scalars["seconds"] = state.seconds
         scalars["images_per_second"] = state.images / state.seconds
         text = (
-            f"epoch {number:>3}/{self.settings.epochs}  loss {scalars['loss']:.4f}  "
+            f"epoch {number:>3}/{self.spec.epochs}  loss {scalars['loss']:.4f}  "
             f"{state.seconds:.2f} s  {scalars['images_per_second']:,.0f} images/s"
         )
         # An epoch whose evaluation is interrupted is written down again.
         size = None if journal is None else journal.size
         if journal is not None:
             journal.add("epoch", state.step, scalars, epoch=number)
-        split = CHOOSES_ON[self.config.protocol]
+        split = CHOOSES_ON[self.spec.protocol]
         if split is not None:
             found = self.evaluate(split, journal, epoch=number, metrics_bytes=size)
             state.last_accuracy = found.accuracy

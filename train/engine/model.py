@@ -1,4 +1,4 @@
-"""The model of a run: backbone, prompts and head from the settings."""
+"""The model of a run: backbone, prompts and head from the spec."""
 
 import copy
 from dataclasses import dataclass
@@ -10,8 +10,7 @@ from tcpa.vit import classifier_layers
 
 from ...cli import UsageError
 from ..backbones import BackboneRecord, load_backbone
-from ..options.run import RunConfig
-from ..recipes.recipe import Recipe
+from ..recipes.runspec import RunSpec
 from .distributed import World
 from .evaluate import Twin
 from .precision import NUMERICS, Numerics, choose_numerics, require_graph
@@ -39,32 +38,32 @@ class BuiltModel:
         return self.model if self.twin is None else self.twin.of(self.model)
 
 
-def build_model(config: RunConfig, settings: Recipe, world: World, num_classes: int) -> BuiltModel:
+def build_model(spec: RunSpec, world: World, num_classes: int) -> BuiltModel:
     """Create the model on its device, the same on all processes.
 
     Raises:
         UsageError: the backbone cannot be had, is not covered, or an option does not fit.
     """
-    tuning = settings.tuning
+    tuning = spec.tuning
     trains_weights = tuning.trains_backbone
-    numerics = choose_numerics(config.precision, world.device, trains_weights=trains_weights)
-    if config.weights == "none":
+    numerics = choose_numerics(spec.precision, world.device, trains_weights=trains_weights)
+    if spec.weights == "none":
         tuning = tuning.without_download()
-    for choice in (settings.prompts, settings.input_prompt, tuning):
-        reason = choice.why_not_compiled() if config.compile and choice is not None else None
+    for choice in (spec.prompts, spec.input_prompt, tuning):
+        reason = choice.why_not_compiled() if spec.compile and choice is not None else None
         if reason is not None:
             raise UsageError(
-                f"--compile: got it with --method {settings.method}, expected a method without "
+                f"--compile: got it with --method {spec.method}, expected a method without "
                 f"{reason}; leave --compile out"
             )
-    if config.cuda_graph:
+    if spec.cuda_graph:
         require_graph(numerics, world)
     # Random weights and the initial values of what is trained come from the seed.
-    torch.manual_seed(settings.seed)
-    mapped = getattr(settings.input_prompt, "maps_logits", False)
-    size = settings.crop
-    backbone, record = load_backbone(config.backbone, config.weights, image_size=size, head=mapped)
-    exact = NUMERICS["fp32"] if config.eval_precision == "fp32" else numerics
+    torch.manual_seed(spec.seed)
+    mapped = getattr(spec.input_prompt, "maps_logits", False)
+    size = spec.crop
+    backbone, record = load_backbone(spec.backbone, spec.weights, image_size=size, head=mapped)
+    exact = NUMERICS["fp32"] if spec.eval_precision == "fp32" else numerics
     separate = exact.weights != numerics.weights
     spare = copy.deepcopy(backbone) if separate else None
 
@@ -72,21 +71,21 @@ def build_model(config: RunConfig, settings: Recipe, world: World, num_classes: 
         try:
             model = tcpa.wrap(
                 vit,
-                settings.prompts,
-                input_prompt=settings.input_prompt,
+                spec.prompts,
+                input_prompt=spec.input_prompt,
                 tuning=tuning,
                 num_classes=num_classes,
-                normalization=config.normalization,
+                normalization=spec.normalization,
             )
         except (TypeError, ValueError) as error:
-            raise UsageError(f"--backbone {config.backbone}: {error}") from None
+            raise UsageError(f"--backbone {spec.backbone}: {error}") from None
         except RuntimeError as error:
-            raise UsageError(f"--method {settings.method}: {error}") from None
+            raise UsageError(f"--method {spec.method}: {error}") from None
         return _store(model, weights).to(world.device)
 
     model = wrap(backbone, numerics.weights)
     twin = None if spare is None else Twin(wrap(spare, exact.weights))
-    if config.compile:
+    if spec.compile:
         # One graph per batch size: there are four at most, and sizes that are known run faster.
         model.compile(dynamic=False)
     return BuiltModel(

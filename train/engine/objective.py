@@ -10,14 +10,14 @@ from .randomness import numpy_seeded
 class Mixer:
     """Mixes the images of a batch in pairs and turns labels into soft targets."""
 
-    def __init__(self, settings: Recipe, num_classes: int) -> None:
-        self._settings, self._num_classes = settings, num_classes
-        self.mixes = mixes(settings)
+    def __init__(self, recipe: Recipe, num_classes: int) -> None:
+        self._recipe, self._num_classes = recipe, num_classes
+        self.mixes = mixes(recipe)
         self._mixup = Mixup(
-            mixup_alpha=settings.mixup_alpha,
-            cutmix_alpha=settings.cutmix_alpha,
-            prob=settings.mix_prob,
-            label_smoothing=settings.label_smoothing,
+            mixup_alpha=recipe.mixup_alpha,
+            cutmix_alpha=recipe.cutmix_alpha,
+            prob=recipe.mix_prob,
+            label_smoothing=recipe.label_smoothing,
             num_classes=num_classes,
         )
 
@@ -38,12 +38,12 @@ class Mixer:
             Official trainer: timm's Mixup per batch, label smoothing on every batch.
         """
         if not self.mixes or len(images) == 0:
-            smoothing = self._settings.label_smoothing
+            smoothing = self._recipe.label_smoothing
             return images, mixup_target(labels, self._num_classes, 1.0, smoothing)
-        with numpy_seeded(self._settings.seed, epoch, step):
+        with numpy_seeded(self._recipe.seed, epoch, step):
             return self._mixup(images, labels)
 
 
-def mixes(settings: Recipe) -> bool:
+def mixes(recipe: Recipe) -> bool:
     """Tell whether images are mixed; global batches must then be even."""
-    return settings.mix_prob > 0 and (settings.mixup_alpha > 0 or settings.cutmix_alpha > 0)
+    return recipe.mix_prob > 0 and (recipe.mixup_alpha > 0 or recipe.cutmix_alpha > 0)

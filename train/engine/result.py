@@ -8,8 +8,7 @@ from typing import Any
 import tcpa
 
 from ...cli import UsageError
-from ..options.run import RunConfig
-from ..recipes.recipe import Recipe
+from ..recipes.runspec import RunSpec
 from ..storage import cannot_write, write_json
 from .folder import ADAPTER, RESULT
 from .journal import Journal, read_metrics
@@ -80,8 +79,7 @@ def read_result(folder: Path, values: dict[str, Any]) -> Result:
 
 
 def finish(
-    config: RunConfig,
-    settings: Recipe,
+    spec: RunSpec,
     loop: Loop,
     journal: Journal | None,
     folder: Path,
@@ -89,32 +87,32 @@ def finish(
 ) -> Result:
     """Test the chosen epoch where that is left to do, and write adapter and result."""
     state, built = loop.state, loop.built
-    chosen_on, epoch = CHOOSES_ON[config.protocol], settings.epochs
+    chosen_on, epoch = CHOOSES_ON[spec.protocol], spec.epochs
     if chosen_on is not None:
         loop.use_best()
         epoch = state.best_epoch
     official = chosen_on == "test"
-    accuracy, measured_on = state.best_accuracy, MEASURED_ON[config.protocol]
+    accuracy, measured_on = state.best_accuracy, MEASURED_ON[spec.protocol]
     if not official:
         accuracy = loop.evaluate(measured_on, journal, epoch=epoch).accuracy
     tested = measured_on == "test"
     if official:
         last = state.last_accuracy
     else:
-        last = accuracy if tested and epoch == settings.epochs else None
+        last = accuracy if tested and epoch == spec.epochs else None
     val_accuracy = state.best_accuracy if chosen_on == "val" else None
     result = None
     if journal is not None:
         result = Result(
-            dataset=config.dataset,
-            label=settings.label,
-            method=settings.method,
-            seed=settings.seed,
-            protocol=config.protocol,
+            dataset=spec.dataset,
+            label=spec.label,
+            method=spec.method,
+            seed=spec.seed,
+            protocol=spec.protocol,
             chosen_on=chosen_on,
             accuracy=accuracy,
             epoch=epoch,
-            epochs=settings.epochs,
+            epochs=spec.epochs,
             last_accuracy=last,
             best_test_accuracy=state.best_accuracy if official else None,
             val_accuracy=val_accuracy if tested else accuracy,
@@ -125,11 +123,11 @@ def finish(
             test_images=loop.splits.evaluation["test"].num_images if tested else 0,
             backbone=built.backbone.name,
             weights=built.backbone.weights,
-            normalize=config.normalize,
+            normalize=spec.normalize,
             precision=built.numerics.name,
             eval_precision=built.eval_numerics.name,
             implementation=built.implementation(loop.world)[0],
-            note=settings.note,
+            note=spec.note,
             versions=versions(),
             measured_on=measured_on,
             source=loop.splits.record.get("train", {}).get("source", {}).get("kind", ""),

@@ -13,8 +13,7 @@ from tcpa.methods.e2vpt import E2VPTPrompts
 
 from ...cli import UsageError
 from ..data.batches import local_rows
-from ..options.run import RunConfig
-from ..recipes.recipe import Recipe
+from ..recipes.runspec import RunSpec
 from .distributed import World
 from .inputs import Source
 from .meta_prompt import load_meta_prompt
@@ -26,13 +25,11 @@ from .trainer import Trainer
 class Stages:
     """The stages of a run; knows nothing that a checkpoint would have to hold."""
 
-    def __init__(
-        self, config: RunConfig, settings: Recipe, world: World, trainer: Trainer, source: Source
-    ) -> None:
-        self._config, self._settings, self._world = config, settings, world
+    def __init__(self, spec: RunSpec, world: World, trainer: Trainer, source: Source) -> None:
+        self._spec, self._world = spec, world
         self._trainer, self._source = trainer, source
         model = trainer.model
-        rewinds = settings.rounds > 1
+        rewinds = spec.rounds > 1
         values = model.trained_tensors().items() if rewinds else ()
         self._initial = {name: value.detach().clone() for name, value in values}
 
@@ -42,26 +39,26 @@ class Stages:
         Raises:
             UsageError: the images do not allow it.
         """
-        model, settings = self._trainer.model, self._settings
-        torch.manual_seed(derive(settings.seed, STAGE, epoch))
+        model, spec = self._trainer.model, self._spec
+        torch.manual_seed(derive(spec.seed, STAGE, epoch))
         mapping = "head"
-        if isinstance(settings.input_prompt, tcpa.AutoVPConfig):
-            mapping = settings.input_prompt.mapping
+        if isinstance(spec.input_prompt, tcpa.AutoVPConfig):
+            mapping = spec.input_prompt.mapping
         try:
-            if epoch == 0 and isinstance(settings.input_prompt, tcpa.DAMVPConfig):
+            if epoch == 0 and isinstance(spec.input_prompt, tcpa.DAMVPConfig):
                 return self._fit_clusters()
             if mapping == "iterative" or (mapping == "frequency" and epoch == 0):
                 return self._fit_mapping(epoch)
         except ValueError as error:
-            raise UsageError(f"--method {settings.method}: {error}") from None
+            raise UsageError(f"--method {spec.method}: {error}") from None
         if self.begins_anew(epoch) and isinstance(model.tokens, E2VPTPrompts):
             return self._prune(model.tokens)
         return None
 
     def begins_anew(self, epoch: int) -> bool:
         """Whether another model is trained from an epoch on: earlier ones cannot be chosen."""
-        settings = self._settings
-        return epoch > 0 and epoch * settings.rounds % settings.epochs == 0
+        spec = self._spec
+        return epoch > 0 and epoch * spec.rounds % spec.epochs == 0
 
     def _fit_clusters(self) -> str:
         """Cluster the first training images as they come, of all processes alike."""
@@ -81,8 +78,8 @@ class Stages:
         assert isinstance(shared, Tensor)
         with torch.no_grad():
             prompt.prototypes.copy_(shared)
-        if self._config.meta_prompt is not None:
-            prompt.use_meta_prompt(load_meta_prompt(self._config.meta_prompt))
+        if self._spec.meta_prompt is not None:
+            prompt.use_meta_prompt(load_meta_prompt(self._spec.meta_prompt))
         self._trainer.begin_anew()
         return f"{prompt.num_frames} clusters of {min(count, limit):,} training images"
 
@@ -114,12 +111,12 @@ class Stages:
 
     def _prune(self, tokens: E2VPTPrompts) -> str:
         """Prune the least important masks and begin anew from the first values."""
-        trainer, settings = self._trainer, self._settings
+        trainer, spec = self._trainer, self._spec
         importance = mask_importance(
             trainer.model, tokens, self._source, self._world, trainer.numerics
         )
         trainer.model.load_trained(self._initial)
-        tokens.prune(*importance, settings.prune_tokens, settings.prune_segments)
+        tokens.prune(*importance, spec.prune_tokens, spec.prune_segments)
         trainer.begin_anew()
         left = int(tokens.token_mask.sum())
         parts = int((tokens.segment_mask * tokens.token_mask[:, None]).sum())

@@ -72,8 +72,9 @@ class Step:
         self.model, self.optimizer, self.numerics = model, optimizer, numerics
         self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
         self._module: Any = module or model
-        self._weight = getattr(model.config, "match_weight", 0.0)
-        self._critical = getattr(model.input_config, "critical_share", 1.0)
+        prompts, on_image = model.config, model.input_config
+        self._weight = 0.0 if prompts is None else prompts.match_weight
+        self._critical = 1.0 if on_image is None else on_image.critical_share
         self._graph = _StepGraph(self) if graph else None
 
     def __call__(self, images: Tensor, targets: Tensor, scale: float = 1.0) -> StepOutput:
@@ -173,7 +174,7 @@ class _StepGraph:
     def __call__(self, images: Tensor, targets: Tensor, scale: float) -> StepOutput:
         """Replay a step; the numbers it draws come from the generator as it is seeded now."""
         model = self._step.model
-        random = model.epoch < getattr(model.config, "random_selection_epochs", 0)
+        random = model.config is not None and model.epoch < model.config.random_epochs
         if self._inputs is None or self._selects_randomly != random:
             self._capture(images, targets, scale)
             self._selects_randomly = random

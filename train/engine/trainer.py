@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tcpa
 
-from ..recipes.recipe import Recipe
+from ..recipes.runspec import RunSpec
 from .distributed import World
 from .objective import Mixer
 from .optimizer import make_optimizer, rate_factor
@@ -35,17 +35,15 @@ class Trainer:
     def __init__(
         self,
         model: tcpa.PromptedViT,
-        settings: Recipe,
+        spec: RunSpec,
         world: World,
         numerics: Numerics,
         *,
         total_steps: int,
-        graph: bool = False,
     ) -> None:
         self.model, self.world = model, world
-        self._settings, self.numerics, self._total = settings, numerics, total_steps
-        self._mixer = Mixer(settings, model.num_classes)
-        self._graph = graph
+        self._spec, self.numerics, self._total = spec, numerics, total_steps
+        self._mixer = Mixer(spec, model.num_classes)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=numerics.scales_loss)
         self.begin_anew()
         self.loss_sums = torch.zeros(3, device=world.device)
@@ -53,28 +51,27 @@ class Trainer:
 
     def begin_anew(self) -> None:
         """Make the optimiser, without any memory, for the values that the model trains now."""
-        device = self.world.device
-        self.optimizer = make_optimizer(self.model, self._settings, device, graph=self._graph)
+        graph, device = self._spec.cuda_graph, self.world.device
+        self.optimizer = make_optimizer(self.model, self._spec, device, graph=graph)
         self.optimizer_step = Step(
             self.model,
             self.optimizer,
             numerics=self.numerics,
             module=self._distribute(self.model),
             scaler=self.scaler,
-            graph=self._graph,
+            graph=graph,
         )
 
     def _distribute(self, model: nn.Module) -> nn.Module:
         if self.world.size == 1:
             return model
-        # Keys get no gradient where nothing is matched.
-        role = getattr(self._settings.prompts, "coordination", "token") == "role"
+        prompts = self._spec.prompts
         index = self.world.device.index
         return DistributedDataParallel(
             model,
             device_ids=None if index is None else [index],
             gradient_as_bucket_view=True,
-            find_unused_parameters=role,
+            find_unused_parameters=prompts is not None and prompts.finds_unused_parameters,
         )
 
     def begin(self, epoch: int) -> None:
@@ -90,7 +87,7 @@ class Trainer:
             epoch, index: epoch and number of the batch in it, from 0.
             step: number of the step in the training, from 0.
         """
-        factor = rate_factor(self._settings, step, self._total)
+        factor = rate_factor(self._spec, step, self._total)
         for group in self.optimizer.param_groups:
             rate = group["peak"] * factor
             if isinstance(group["lr"], Tensor):
@@ -104,13 +101,13 @@ class Trainer:
             images, targets = _dummy(images), _dummy(targets)
         # The mean over processes that DistributedDataParallel takes becomes the global mean.
         scale = count * self.world.size / batch.size
-        seed_model(self._settings.seed, epoch, index, self.world.rank)
+        seed_model(self._spec.seed, epoch, index, self.world.rank)
         self.loss_sums += self.optimizer_step(images, targets, scale).losses * count
         self.images_seen += count
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, of the values without one of their own."""
-        return self._settings.peak_rate * rate_factor(self._settings, step, self._total)
+        return self._spec.peak_rate * rate_factor(self._spec, step, self._total)
 
     def share_counted(self) -> None:
         """Give all processes what the first one counted beside the trained values (running

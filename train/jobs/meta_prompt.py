@@ -52,11 +52,10 @@ def train_meta_prompt(config: MetaPromptConfig) -> None:
 
 def _open(config: MetaPromptConfig, dataset: str, world: World, console: Console) -> Task:
     """Open a dataset and fit the clusters of its model."""
-    own = config.task(dataset)
-    settings = resolve(own)
-    splits = load_splits(own, settings, world)
-    built = build_model(own, settings, world, splits.num_classes)
-    trainer = Trainer(built.model, settings, world, built.numerics, total_steps=1)
-    found = Stages(own, settings, world, trainer, splits.train).before(0)
+    spec = resolve(config.task(dataset))
+    splits = load_splits(spec, world)
+    built = build_model(spec, world, splits.num_classes)
+    trainer = Trainer(built.model, spec, world, built.numerics, total_steps=1)
+    found = Stages(spec, world, trainer, splits.train).before(0)
     console.print(f"{dataset}: {found}")
     return Task(model=built.model, source=splits.train)

@@ -26,8 +26,7 @@ from ..engine.progress import Display
 from ..engine.record import describe_environment, read_starts, require_same_inputs
 from ..engine.result import Result, finish, read_result
 from ..options.run import RunConfig
-from ..recipes.recipe import Recipe
-from ..recipes.runspec import describe, resolve, run_folder
+from ..recipes.runspec import RunSpec, resolve
 from ..report.runs import finished_result
 from ..storage import read_json, write_json
 
@@ -49,11 +48,15 @@ def run(config: RunConfig, splits: Splits | None = None) -> Result:
         UsageError: something that was asked for cannot be had; the message says what to change.
         Interrupted: SIGINT, SIGTERM or SIGHUP asked it to end; the last step is saved.
     """
-    settings = resolve(config)
-    folder = run_folder(config, settings)
-    with join(config.device) as world:
+    return run_spec(resolve(config), splits)
+
+
+def run_spec(spec: RunSpec, splits: Splits | None = None) -> Result:
+    """Do what `run` does, for a run that is resolved."""
+    folder = spec.folder
+    with join(spec.device) as world:
         _make_repeatable(world)
-        held = claim(folder, describe(config, settings)) if world.is_main else nullcontext()
+        held = claim(folder, spec.describe()) if world.is_main else nullcontext()
         with held:
             finished: Any = world.share(read_json(folder / RESULT) if world.is_main else None)
             if finished is not None:
@@ -62,8 +65,8 @@ def run(config: RunConfig, splits: Splits | None = None) -> Result:
                     finished_result(folder)
                     print(f"{folder} is finished: {result.accuracy:.2f} %")
                 return result
-            images = load_splits(config, settings, world) if splits is None else splits
-            return _train(config, settings, world, images, folder)
+            images = load_splits(spec, world) if splits is None else splits
+            return _train(spec, world, images)
 
 
 def _make_repeatable(world: World) -> None:
@@ -74,32 +77,30 @@ def _make_repeatable(world: World) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def _train(
-    config: RunConfig, settings: Recipe, world: World, splits: Splits, folder: Path
-) -> Result:
-    built = build_model(config, settings, world, splits.num_classes)
-    loop = Loop(config, settings, world, built, splits, folder)
+def _train(spec: RunSpec, world: World, splits: Splits) -> Result:
+    folder, title = spec.folder, spec.title
+    built = build_model(spec, world, splits.num_classes)
+    loop = Loop(spec, world, built, splits, folder)
     warnings = loop.resume()
     state = loop.state
-    title = f"{config.dataset}, {config.method}, seed {settings.seed}"
     images = splits.train.num_images
-    done = state.epoch * images + min(state.batch * settings.batch_size, images)
+    done = state.epoch * images + min(state.batch * spec.batch_size, images)
     journal = None
-    display = Display(world, title, total_images=settings.epochs * images, done_images=done)
+    display = Display(world, title, total_images=spec.epochs * images, done_images=done)
     for warning in warnings:
         display.say(f"warning: {warning}")
     if world.is_main:
-        _record_start(folder, describe(config, settings), world, built, splits, state.step)
+        _record_start(folder, spec.describe(), world, built, splits, state.step)
         journal = Journal(
-            folder, keep=state.metrics_bytes, step=state.step, tensorboard=config.tensorboard
+            folder, keep=state.metrics_bytes, step=state.step, tensorboard=spec.tensorboard
         )
     try:
         with noted() as requests:
             pipeline = _pipeline_rate(splits, world)
-            _introduce(display, title, built, splits, settings, loop, pipeline)
+            _introduce(display, built, splits, loop, pipeline)
             with display:
                 loop.run(journal, display, requests)
-            result = finish(config, settings, loop, journal, folder, pipeline)
+            result = finish(spec, loop, journal, folder, pipeline)
         loop.close()
     finally:
         if journal is not None:
@@ -107,7 +108,7 @@ def _train(
     display.say(
         f"{title}: {result.accuracy:.2f} % on {result.measured_on} images after epoch "
         f"{result.epoch} "
-        f"({_how(config)}); {folder}"
+        f"({_how(spec)}); {folder}"
     )
     return result
 
@@ -156,21 +157,16 @@ def _pipeline_rate(splits: Splits, world: World) -> float:
 
 
 def _introduce(
-    display: Display,
-    title: str,
-    built: BuiltModel,
-    splits: Splits,
-    settings: Recipe,
-    loop: Loop,
-    pipeline: float,
+    display: Display, built: BuiltModel, splits: Splits, loop: Loop, pipeline: float
 ) -> None:
     """Say what is going to be trained, with what, and from where."""
+    spec = loop.spec
     model, world = built.model, loop.world
     name, reason = built.implementation(world)
     sizes = {"training": splits.train} | {WORDS[n]: s for n, s in splits.evaluation.items()}
     images = [f"{source.num_images:,} {name}" for name, source in sizes.items()]
     display.say(
-        f"{title}: {', '.join(images)} images, {splits.num_classes} classes, "
+        f"{spec.title}: {', '.join(images)} images, {splits.num_classes} classes, "
         f"{model.num_trainable:,} trained values on {built.backbone.name}"
     )
     if rule := splits.record.get("train", {}).get("rule"):
@@ -185,16 +181,16 @@ def _introduce(
         f"{built.numerics.name} on {world.device} x {world.size}; attention by {name} ({reason}); "
         f"input pipeline alone {pipeline:,.0f} images/s"
     )
-    if settings.note:
-        display.say(f"note: {settings.note}")
+    if spec.note:
+        display.say(f"note: {spec.note}")
     if loop.state.step:
-        display.say(f"goes on after step {loop.state.step} of {settings.epochs * loop.batches}")
+        display.say(f"goes on after step {loop.state.step} of {spec.epochs * loop.batches}")
 
 
-def _how(config: RunConfig) -> str:
+def _how(spec: RunSpec) -> str:
     return {
         "official": "the best test epoch: chosen on the test images, as the official code does",
         "val": "chosen on the validation images",
         "last": "the last epoch",
         "tune": "the last epoch; the test images were not read",
-    }[config.protocol]
+    }[spec.protocol]

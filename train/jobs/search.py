@@ -14,7 +14,7 @@ from ..engine.folder import LOG
 from ..engine.interruption import Interrupted, raised
 from ..options.search import SearchConfig
 from ..recipes.choices import Choice, choice_path, conditions_of, write_choice
-from ..recipes.runspec import describe, resolve
+from ..recipes.runspec import resolve
 from ..storage import read_json, write_json
 from .search_grid import Grid, grid_of
 from .sweep import Job, carry_out, devices_of, look_at
@@ -59,7 +59,7 @@ def search(config: SearchConfig) -> Choice | None:
         for rate, decay in grid.pairs()
         for run in [config.trial(rate, decay)]
     ]
-    path = choice_path(config.output, config.dataset, trials[0].job.settings.method)
+    path = choice_path(config.output, config.dataset, trials[0].job.spec.method)
     diverged = _Diverged(config, trials)
     left, damaged = look_at([trial.job for trial in trials if trial not in diverged])
     if config.print_jobs:
@@ -113,7 +113,7 @@ class _Diverged:
 
     def __init__(self, config: SearchConfig, trials: Sequence[Trial]) -> None:
         self._trials = {trial.name: trial for trial in trials}
-        method = trials[0].job.settings.method
+        method = trials[0].job.spec.method
         self._path = choice_path(config.output, config.dataset, method).with_name(DIVERGED)
         found = read_json(self._path)
         # Trials of other options are tried anew.
@@ -141,7 +141,7 @@ class _Diverged:
     def _description(self, name: str) -> Any:
         job = self._trials[name].job
         # As it is read from a file: JSON has no tuples.
-        return _as_json(describe(job.config, job.settings))
+        return _as_json(job.spec.describe())
 
 
 def _as_json(value: Any) -> Any:
@@ -169,18 +169,18 @@ def _choose(
             "which the loss stays finite; give lower ones, or use --precision fp32"
         )
     best = max(finite, key=lambda trial: (accuracies[trial.name], -trial.rate, trial.decay))
-    settings = best.job.settings
+    spec = best.job.spec
     return Choice(
         dataset=config.dataset,
-        method=settings.method,
+        method=spec.method,
         learning_rate=best.rate,
         weight_decay=best.decay,
         val_accuracy=accuracies[best.name],
-        seed=settings.seed,
-        epochs=settings.epochs,
+        seed=spec.seed,
+        epochs=spec.epochs,
         grid=grid.source,
         rule=RULE,
-        conditions=_as_json(conditions_of(describe(best.job.config, settings))),
+        conditions=_as_json(conditions_of(spec.describe())),
         trials=[
             {
                 "learning_rate": trial.rate,

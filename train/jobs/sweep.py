@@ -25,8 +25,8 @@ from ..engine.folder import CONFIG, LOG, brief, differences, last_words, saved_d
 from ..engine.interruption import Interrupted, raised
 from ..options.run import RunConfig, SweepConfig, TrainOptions
 from ..options.search import SearchConfig
-from ..recipes.recipe import Recipe, decompose, require_row
-from ..recipes.runspec import describe, resolve, run_folder
+from ..recipes.recipe import decompose, require_row
+from ..recipes.runspec import RunSpec, resolve
 from ..report.command import print_runs
 from ..report.runs import finished_result, read_runs
 from .sweep_names import plan
@@ -40,12 +40,12 @@ class Job:
     """One run of a sweep."""
 
     config: RunConfig
-    settings: Recipe
+    spec: RunSpec
 
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return run_folder(self.config, self.settings)
+        return self.spec.folder
 
     @property
     def command(self) -> list[str]:
@@ -60,7 +60,7 @@ class Job:
             UsageError: its files are damaged, or its result was altered.
         """
         saved = saved_description(self.folder)
-        changed = differences(saved, describe(self.config, self.settings)) if saved else []
+        changed = differences(saved, self.spec.describe()) if saved else []
         if changed:
             name, before, now = changed[0]
             raise Conflict(

@@ -1,18 +1,18 @@
-"""From what a user asked for to what a run does: the recipe with the options put over it."""
+"""From what a user asked for to what a run does: the recipe with all options put over it."""
 
 import dataclasses
 import difflib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import tcpa
+from typing import Any, Literal
 
 from ...cli import UsageError, require
+from ...methods.base import MethodConfig
 from ..backbones import model_name, sha256
 from ..data.splits import NAMES
 from ..data.vtab_tasks import VTAB
-from ..options.run import RunConfig
+from ..options.checks import parse_normalization
+from ..options.run import Precision, RunConfig
 from .choices import Choice, read_choice, require_conditions
 from .recipe import Recipe, compose, recipe
 from .rows import GRID
@@ -36,7 +36,13 @@ POOLS: dict[str, tuple[str, ...]] = {
     "pool_size": ("cls_pool_size", "image_pool_size"),
     "top_k": ("cls_top_k", "image_top_k"),
 }
-"""Option -> fields of `TCPAConfig` that it replaces."""
+"""Option -> settings of token prompts with pools that it replaces."""
+
+MAPPINGS = {"mapping": ("mapping",), "mapping_sources": ("sources",)}
+"""Option -> setting of a prompt on the image with an output mapping that it replaces."""
+
+CLUSTERS = {"clusters": ("num_clusters",)}
+"""Option -> setting of a prompt on the image with clusters that it replaces."""
 
 DECISIVE = (
     "protocol",
@@ -51,8 +57,83 @@ DECISIVE = (
 """Options that are part of no recipe and still change what a run computes."""
 
 
-def resolve(config: RunConfig) -> Recipe:
-    """Return the recipe of a run with the options that were given in place of its values.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSpec(Recipe):
+    """What a run does, complete: a recipe with all options put over it, and how and where it runs.
+
+    What a recipe lacks are options of `tcpa-train run`; `RunConfig` explains them.
+    """
+
+    data: Path
+    cache: Path | None
+    output: Path
+    protocol: Literal["official", "val", "last", "tune"]
+    backbone: str
+    weights: str
+    normalize: str
+    vtab_source: Literal["auto", "original", "jpeg"]
+    meta_prompt: Path | None
+    eval_batch_size: int | None
+    precision: Precision
+    eval_precision: Literal["train", "fp32"]
+    device: str
+    compile: bool
+    cuda_graph: bool
+    resident: bool | None
+    log_steps: int
+    checkpoint_seconds: float
+    tensorboard: bool
+
+    @property
+    def title(self) -> str:
+        """What messages call the run."""
+        return f"{self.dataset}, {self.method}, seed {self.seed}"
+
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of the channels."""
+        return parse_normalization(self.normalize)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is kept."""
+        name = f"{self.protocol}-seed{self.seed}"
+        if self.protocol == "tune":
+            # One folder for each pair of a search.
+            name = f"tune-lr{self.learning_rate}-wd{self.weight_decay}-seed{self.seed}"
+        return self.output / self.dataset / self.method / name
+
+    def describe(self) -> dict[str, Any]:
+        """Return everything that decides a result, as JSON: what `config.json` of a run holds.
+
+        Runs with equal descriptions compute the same; a run resumes only with the same one.
+        """
+        mean, std = self.normalization
+        values = dataclasses.asdict(self)
+        options = {name: values[name] for name in DECISIVE}
+        # A file may move; its content is compared where it is loaded.
+        options["weights"] = Path(self.weights).name
+        if self.meta_prompt is not None:
+            options["meta_prompt"] = sha256(self.meta_prompt)
+        if self.dataset in VTAB:
+            options["vtab_source"] = self.vtab_source
+        found = {
+            "recipe": {field.name: values[field.name] for field in dataclasses.fields(Recipe)},
+            "options": options,
+            "normalization": {"mean": list(mean), "std": list(std)},
+        }
+        if self.dataset == "folder":
+            # Any folder has this dataset's name: a finished run must not answer for another one.
+            found["folder"] = self.data.resolve().name
+        return found
+
+
+OPTIONS = [field.name for field in dataclasses.fields(RunSpec)][len(dataclasses.fields(Recipe)) :]
+"""Options of `run` that a resolved run keeps as they are."""
+
+
+def resolve(config: RunConfig) -> RunSpec:
+    """Return what a run does: its recipe with the options that were given in place of its values.
 
     Raises:
         UsageError: there is no such dataset, an option does not fit the method, or values do not
@@ -65,73 +146,30 @@ def resolve(config: RunConfig) -> Recipe:
     # Now, and not when it is loaded: an earlier run in the folder would be spoken of first.
     model_name(config.backbone)
     chosen = {"input_prompt": config.input_prompt, "tuning": config.tuning}
-    found = recipe(config.dataset, compose(config.method, parity=config.parity, **chosen))
+    usual = recipe(config.dataset, compose(config.method, parity=config.parity, **chosen))
+    values = {field.name: getattr(usual, field.name) for field in dataclasses.fields(usual)}
     given = {field: getattr(config, option) for option, field in DIRECT.items()}
-    given = {field: value for field, value in given.items() if value is not None}
-    if "learning_rate" in given:
+    values |= {field: value for field, value in given.items() if value is not None}
+    if config.learning_rate is not None:
         # The peak itself, whatever the batch.
-        given["rate_batch"] = 0
+        values["rate_batch"] = 0
     choice = None
     if config.choices is not None:
-        choice = read_choice(config.choices, config.dataset, found.method)
-        given |= _chosen(config, found, choice)
-    found = replace(found, prompts=_resolve_prompts(config, found.prompts), **given)
-    found = _with_stages(config, _with_mapping(config, found))
-    if config.dataset in VTAB:
-        option, usual = config.resize, "images of VTAB-1k are resized to --image-size, both sides"
-        require(option in (None, found.crop), "--resize", option, str(found.crop), usual)
-        found = replace(found, resize=found.crop)
-    small, remedy = found.crop <= found.resize, "change --resize or --image-size"
-    require(small, "--image-size", found.crop, f"at most --resize ({found.resize})", remedy)
+        choice = read_choice(config.choices, config.dataset, usual.method)
+        values |= _chosen(config, usual, choice)
+    values["prompts"] = _with_prompts(config, usual.prompts)
+    values["input_prompt"] = _with_input(config, usual.input_prompt)
+    spec = RunSpec(**values, **{name: getattr(config, name) for name in OPTIONS})
+    spec = _with_pruning(config, spec)
+    if spec.dataset in VTAB:
+        option, remedy = config.resize, "images of VTAB-1k are resized to --image-size, both sides"
+        require(option in (None, spec.crop), "--resize", option, str(spec.crop), remedy)
+        spec = replace(spec, resize=spec.crop)
+    small, remedy = spec.crop <= spec.resize, "change --resize or --image-size"
+    require(small, "--image-size", spec.crop, f"at most --resize ({spec.resize})", remedy)
     if choice is not None and config.choices is not None:
-        require_conditions(choice, describe(config, found), config.choices)
-    return found
-
-
-def _with_mapping(config: RunConfig, found: Recipe) -> Recipe:
-    """Put in how AutoVP's classes come from the model."""
-    given = {"mapping": config.mapping, "sources": config.mapping_sources}
-    given = {field: value for field, value in given.items() if value is not None}
-    if not given:
-        return found
-    prompt = found.input_prompt
-    for option in ("mapping", "mapping_sources"):
-        if getattr(config, option) is not None:
-            _require_method(config, option, isinstance(prompt, tcpa.AutoVPConfig), "with AutoVP")
-    assert isinstance(prompt, tcpa.AutoVPConfig)
-    mapping = config.mapping or prompt.mapping
-    counts = config.mapping_sources is None or mapping in ("frequency", "iterative")
-    got = f"{config.mapping_sources} with --mapping {mapping}"
-    require(counts, "--mapping-sources", got, "--mapping frequency or iterative", "leave it out")
-    try:
-        return replace(found, input_prompt=replace(prompt, **given))
-    except ValueError as error:
-        raise UsageError(f"--mapping-sources: {error}") from None
-
-
-def _with_stages(config: RunConfig, found: Recipe) -> Recipe:
-    """Put in what happens before and between the epochs."""
-    clustered = isinstance(found.input_prompt, tcpa.DAMVPConfig)
-    fits = config.meta_prompt is None or clustered
-    got = f"{config.meta_prompt} with --method {found.method}"
-    require(fits, "--meta-prompt", got, "a method with DAM-VP's clusters", "leave it out")
-    there = config.meta_prompt is None or config.meta_prompt.is_file()
-    require(there, "--meta-prompt", config.meta_prompt, "a file of meta-training", "check the path")
-    if config.clusters is not None:
-        _require_method(config, "clusters", clustered, "with DAM-VP's clusters")
-        assert isinstance(found.input_prompt, tcpa.DAMVPConfig)
-        try:
-            prompt = replace(found.input_prompt, num_clusters=config.clusters)
-        except ValueError as error:
-            text = str(error).removeprefix("num_clusters")
-            raise UsageError(f"--clusters{text}") from None
-        found = replace(found, input_prompt=prompt)
-    shares = {"prune_tokens": config.prune_tokens, "prune_segments": config.prune_segments}
-    for option in (option for option, share in shares.items() if share > 0):
-        _require_method(config, option, isinstance(found.prompts, tcpa.E2VPTConfig), "with E2VPT")
-    if not any(shares.values()):
-        return found
-    return replace(found, epochs=2 * found.epochs, rounds=2, **shares)
+        require_conditions(choice, spec.describe(), config.choices)
+    return spec
 
 
 def _chosen(config: RunConfig, usual: Recipe, choice: Choice) -> dict[str, Any]:
@@ -145,77 +183,69 @@ def _chosen(config: RunConfig, usual: Recipe, choice: Choice) -> dict[str, Any]:
     return rates | {"weight_decay": choice.weight_decay, "chosen": choice.grid, "note": note}
 
 
-def _resolve_prompts(
-    config: RunConfig, prompts: tcpa.PromptConfig | None
-) -> tcpa.PromptConfig | None:
-    changes: dict[str, Any] = {}
-    for option, fields in POOLS.items():
-        value = getattr(config, option)
-        if value is None:
-            continue
-        _require_method(config, option, isinstance(prompts, tcpa.TCPAConfig), "with TCPA")
-        changes |= dict.fromkeys(fields, value)
-    if config.prompt_dropout is not None:
-        _require_method(config, "prompt_dropout", prompts is not None, "with prompts")
-        name = "prompt_dropout" if isinstance(prompts, tcpa.TCPAConfig) else "dropout"
-        changes[name] = config.prompt_dropout
-    if prompts is None or not changes:
-        return prompts
-    if isinstance(prompts, tcpa.TCPAConfig):
-        _require_entries(config, prompts, changes)
+def _with_prompts(config: RunConfig, prompts: Any) -> Any:
+    """Return token prompts with the options that were given."""
+    prompts = _with(config, prompts, POOLS, "with TCPA")
+    dropout = "dropout" if prompts is None else prompts.dropout_setting
+    return _with(config, prompts, {"prompt_dropout": (dropout,)}, "with prompts")
+
+
+def _with_input(config: RunConfig, prompt: Any) -> Any:
+    """Return a prompt on the image with the options that were given."""
+    clustered = "with DAM-VP's clusters"
+    made = _with(config, prompt, MAPPINGS, "with AutoVP")
+    if config.mapping_sources is not None:
+        counts, remedy = made.mapping in ("frequency", "iterative"), "leave it out"
+        got = f"{config.mapping_sources} with --mapping {made.mapping}"
+        require(counts, "--mapping-sources", got, "--mapping frequency or iterative", remedy)
+    made = _with(config, made, CLUSTERS, clustered)
+    path = config.meta_prompt
+    if path is not None:
+        _require_method(config, "meta_prompt", _has(made, CLUSTERS["clusters"]), clustered)
+        require(path.is_file(), "--meta-prompt", path, "a file of meta-training", "check the path")
+    return made
+
+
+def _with_pruning(config: RunConfig, spec: RunSpec) -> RunSpec:
+    shares = {"prune_tokens": config.prune_tokens, "prune_segments": config.prune_segments}
+    for option in (option for option, share in shares.items() if share > 0):
+        _require_method(config, option, _has(spec.prompts, ("segments",)), "with E2VPT")
+    if not any(shares.values()):
+        return spec
+    return replace(spec, epochs=2 * spec.epochs, rounds=2, **shares)
+
+
+def _with(
+    config: RunConfig,
+    choice: MethodConfig | None,
+    options: dict[str, tuple[str, ...]],
+    expected: str,
+) -> Any:
+    """Return a choice of the method with the options that were given in place of its settings."""
+    given = {o: value for o in options if (value := getattr(config, o)) is not None}
+    for option in given:
+        _require_method(config, option, _has(choice, options[option]), expected)
+    if choice is None or not given:
+        return choice
+    settings = {name: option for option in given for name in options[option]}
     try:
-        return replace(prompts, **changes)
+        return choice.replace(**{name: given[option] for name, option in settings.items()})
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        # The setting that does not fit may be one that another option changed.
+        name, _, told = str(error).partition(": ")
+        option = settings.get(name)
+        text = told if option else str(error)
+        raise UsageError(f"{_flag(option or next(iter(given)))}: {text}") from None
 
 
-def _require_entries(config: RunConfig, prompts: tcpa.TCPAConfig, changes: dict[str, Any]) -> None:
-    """Check --top-k against --pool-size; either may be the recipe's."""
-    for pool in ("cls", "image"):
-        names = (f"{pool}_pool_size", f"{pool}_top_k")
-        entries, top_k = (changes.get(name, getattr(prompts, name)) for name in names)
-        enough = top_k <= entries or prompts.coordination == "role"
-        pair = f"the {pool} pool's {entries} entries"
-        if config.top_k is not None:
-            require(enough, "--top-k", top_k, f"at most {pair}", "lower it or raise --pool-size")
-        told = f"{top_k} or more, which a token sees of the {pool} pool"
-        require(enough, "--pool-size", entries, told, "raise it or lower --top-k")
+def _has(choice: MethodConfig | None, settings: tuple[str, ...]) -> bool:
+    return choice is not None and choice.has(*settings)
 
 
 def _require_method(config: RunConfig, option: str, usable: bool, expected: str) -> None:
-    name, value = "--" + option.replace("_", "-"), getattr(config, option)
-    got = f"{value} with --method {config.method}"
-    require(usable, name, got, f"a method {expected}", "leave it out")
+    got = f"{getattr(config, option)} with --method {config.method}"
+    require(usable, _flag(option), got, f"a method {expected}", "leave it out")
 
 
-def run_folder(config: RunConfig, settings: Recipe) -> Path:
-    """Return the folder of a run."""
-    name = f"{config.protocol}-seed{settings.seed}"
-    if config.protocol == "tune":
-        # One folder for each pair of a search.
-        name = f"tune-lr{settings.learning_rate}-wd{settings.weight_decay}-seed{settings.seed}"
-    return config.output / config.dataset / settings.method / name
-
-
-def describe(config: RunConfig, settings: Recipe) -> dict[str, Any]:
-    """Return everything that decides a result, as JSON: what `config.json` of a run holds.
-
-    Two runs with equal descriptions compute the same; a run folder goes on only with the same one.
-    """
-    mean, std = config.normalization
-    options = {name: getattr(config, name) for name in DECISIVE}
-    # A file may move; its content is compared where it is loaded.
-    options["weights"] = Path(config.weights).name
-    if config.meta_prompt is not None:
-        options["meta_prompt"] = sha256(config.meta_prompt)
-    found = {
-        "recipe": dataclasses.asdict(settings),
-        "options": options,
-        "normalization": {"mean": list(mean), "std": list(std)},
-    }
-    if config.dataset == "folder":
-        # Any folder has this dataset's name: a finished run must not answer for another one.
-        found["folder"] = config.data.resolve().name
-    if config.dataset in VTAB:
-        found["options"]["vtab_source"] = config.vtab_source
-    return found
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
