@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from .capture import Recorder
 from .config import Savings
 from .dispatch import Impl
-from .ops import gated_attention
-from .reference import NormalizeOver, unpack_gate
+from .ops import gated_attention_unchecked
+from .reference import NormalizeOver, unpack_bits
 from .vit import ModuleLike
 
 
@@ -125,7 +125,7 @@ def run_block(
     if recorder is not None:
         recorder.attention(q, k, prompt_kv.keys, gate, **options)
     if gate is None or savings.gate_bits:
-        heads = gated_attention(q, k, v, *prompt_kv, gate, impl=settings.impl, **options)
+        heads = gated_attention_unchecked(q, k, v, *prompt_kv, gate, impl=settings.impl, **options)
     else:
         heads = dense_gated_attention(q, k, v, *prompt_kv, gate, q_prompt=q_prompt, **options)
     x = finish_attention(block, x, normed, heads)
@@ -297,7 +297,7 @@ def dense_gated_attention(
     values = torch.cat((v, v_prompt), dim=1).transpose(1, 2)
     rows = q if q_prompt is None else torch.cat((q, q_prompt), dim=1)
     scores_BHLS = rows.transpose(1, 2) @ keys.mT * scale
-    sees_prompts = unpack_gate(gate, k_prompt.shape[1])
+    sees_prompts = unpack_bits(gate, k_prompt.shape[1])
     sees = torch.cat((sees_prompts.new_ones(len(gate), queries, k.shape[1]), sees_prompts), dim=-1)
     mask_BHLS = sees[:, None].to(scores_BHLS.dtype).repeat(batch // len(gate), heads, 1, 1)
     if normalize_over == "visible":

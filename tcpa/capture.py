@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checks import require, require_bool, require_int
 from .dispatch import autocast_dtype, without_autocast
-from .reference import NormalizeOver, unpack_gate
+from .reference import NormalizeOver, unpack_bits
 
 
 @dataclass(slots=True)
@@ -199,7 +199,7 @@ class Recorder:
             if gate is None:
                 self.record.attention = scores_BHQS.softmax(-1)
                 return
-            hidden = ~unpack_gate(gate[:, rows], k_prompt.shape[-3])[:, None]
+            hidden = ~unpack_bits(gate[:, rows], k_prompt.shape[-3])[:, None]
             prompts = slice(k.shape[1], None)
             if normalize_over == "visible":
                 scores_BHQS[..., prompts].masked_fill_(hidden, float("-inf"))

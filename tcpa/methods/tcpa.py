@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import vit
 from ..checks import require, require_bool, require_choice, require_int, require_number
 from ..dispatch import Impl
-from ..ops import match_prompts, norm_match
+from ..ops import match_prompts_unchecked, norm_match_unchecked
 from ..reference import NormalizeOver, random_gate, role_gate
 from .base import Match, Modules, PromptConfig, PromptSource
 from .vpt import drop_elements, fourier_transform
@@ -240,7 +240,10 @@ class PromptPools(PromptSource):
     def __init__(self, config: TCPAConfig, backbone: Any) -> None:
         super().__init__()
         self.config = config
-        self.num_prefix_tokens = backbone.num_prefix_tokens
+        self.layout: dict[str, Any] = {
+            "lengths": config.lengths,
+            "num_prefix_tokens": backbone.num_prefix_tokens,
+        }
         depth, width = len(backbone.blocks), backbone.embed_dim
         cls_pool, image_pool = config.cls_pool_size, config.image_pool_size
         self.cls_keys = nn.Parameter(torch.empty(depth, cls_pool, width))
@@ -291,17 +294,16 @@ class PromptPools(PromptSource):
     def match(
         self, index: int, x: Tensor, norm: nn.LayerNorm | None, *, draw: bool, impl: Impl
     ) -> Match:
-        config, layout = self.config, self._layout()
+        config, gate, layout = self.config, None, self.layout
         if config.coordination == "role":
             gate = role_gate(x.shape[1], num_pool=config.num_pool, device=x.device, **layout)
             return Match(gate)
-        gate = None
         if draw:
             top_k = (config.cls_top_k, config.image_top_k)
             drawn = {"num_pool": config.num_pool, "top_k": top_k, "device": x.device}
             gate = random_gate(x.shape[0], x.shape[1], **drawn, **layout)
         keys = self.cls_keys[index], self.image_keys[index]
-        options = {
+        options: dict[str, Any] = {
             "cls_top_k": config.cls_top_k,
             "image_top_k": config.image_top_k,
             "selection": config.selection,
@@ -310,12 +312,10 @@ class PromptPools(PromptSource):
             **layout,
         }
         if norm is None:
-            return Match(*match_prompts(x, *keys, **options))
-        normed, gate, distance = norm_match(x, norm.weight, norm.bias, norm.eps, *keys, **options)
+            return Match(*match_prompts_unchecked(x, *keys, **options))
+        affine = norm.weight, norm.bias, norm.eps
+        normed, gate, distance = norm_match_unchecked(x, *affine, *keys, **options)
         return Match(gate, distance, normed)
-
-    def _layout(self) -> dict[str, Any]:
-        return {"lengths": self.config.lengths, "num_prefix_tokens": self.num_prefix_tokens}
 
 
 class ValueAffine(nn.Module):

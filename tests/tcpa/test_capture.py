@@ -96,7 +96,7 @@ def test_probabilities_are_those_of_the_pass(method: str, savings: Savings, monk
 
         return call
 
-    for name in ("gated_attention", "dense_gated_attention"):
+    for name in ("gated_attention_unchecked", "dense_gated_attention"):
         monkeypatch.setattr(tcpa.block, name, spy(getattr(tcpa.block, name)))
     with torch.no_grad(), model.capture() as record:
         model.forward_features(images)
