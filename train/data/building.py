@@ -1,15 +1,13 @@
-"""Build a cache: several processes, one builder at a time, going on where a killed one stopped."""
+"""Build a cache: several processes, one builder at a time, resumed where a killed one stopped."""
 
 import hashlib
 import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -25,24 +23,17 @@ from .cache import (
     RESIZE,
     Cache,
     DamagedCache,
-    keep_small,
     note_verified,
     open_cache,
-    resized_size,
 )
-from .decoding import JOURNAL, Chunk, decode_rest, decoded, reserve, take_over
+from .decoding import JOURNAL, Chunk, decode_rest, decoded, reserve, resized_size, take_over
 from .pools import ImagesProgress, Pool, fingerprint
 
 CHUNK = 256
 """Images that one task decodes: about 50 MB, what a kill can cost each process."""
 
-Warn = Callable[[str], None]
-"""Called with a line for the user."""
-
-
-def warn_user(line: str) -> None:
-    """Print a line where errors go."""
-    print(f"warning: {line}", file=sys.stderr, flush=True)
+ENLARGE_FROM = 4
+"""Images are kept small if enlarging them would make the cache so many times larger."""
 
 
 def cache_key(stamps: list[str], resize: int) -> str:
@@ -58,12 +49,11 @@ def build_cache(
     resize: int = RESIZE,
     workers: int | None = None,
     progress: ImagesProgress | None = None,
-    warn: Warn = warn_user,
 ) -> Cache:
     """Return the cache of a pool, building it if it is not there.
 
     A cache whose pixels were touched since they were last compared with their checksums is
-    compared again; what is damaged is decoded again.
+    compared again; what is damaged is told and decoded again.
 
     Args:
         pool: the images.
@@ -73,11 +63,10 @@ def build_cache(
         resize: shorter side, pixels.
         workers: see `decode`.
         progress: see `ImagesProgress`.
-        warn: is told of a damaged cache, and of caches that this one replaces.
 
     Raises:
         UsageError: an image is missing or broken, or the disk is full; names the file. Chunks
-            already decoded are kept, and the next call goes on from there.
+            already decoded are kept, and the next call resumes there.
     """
     if resize < 1:
         raise UsageError(f"resize: got {resize}, expected pixels, 1 or more; 256 is the default")
@@ -97,10 +86,10 @@ def build_cache(
         # The lock ends with its process, however that ends.
         with FileLock(folder / f"{label}-{resize}.lock"):
             # Another process may have built or compared it meanwhile.
-            found = _open_verified(target) or _open_checked(target, warn)
+            found = _open_verified(target) or _open_checked(target)
             if found is None:
                 _Build(pool, stamps, resize, staging, target).carry_out(workers, progress)
-                _tell_replaced(target, warn)
+                _tell_replaced(target)
     return found or open_cache(target)
 
 
@@ -112,7 +101,7 @@ def _open_verified(target: Path) -> Cache | None:
     return cache if cache.verified else None
 
 
-def _open_checked(target: Path, warn: Warn) -> Cache | None:
+def _open_checked(target: Path) -> Cache | None:
     """Return a cache once its checksums are compared; None if it is not there or damaged."""
     if not target.exists():
         return None
@@ -120,22 +109,26 @@ def _open_checked(target: Path, warn: Warn) -> Cache | None:
         cache = open_cache(target)
         cache.check()
     except DamagedCache as error:
-        warn(f"{error.what}; what is damaged is decoded again")
+        _warn(f"{error.what}; what is damaged is decoded again")
         return None
     return cache
 
 
-def _tell_replaced(target: Path, warn: Warn) -> None:
+def _tell_replaced(target: Path) -> None:
     """Tell of caches of the same images as they were before; somebody may still read them."""
     prefix = target.name.rpartition("-")[0]
     others = sorted(path for path in target.parent.glob(f"{prefix}-*") if path != target)
     if others:
         total = sum(file.stat().st_size for path in others for file in path.glob("*"))
         command = shlex.join(["rm", "-r", *map(str, others)])
-        warn(
+        _warn(
             f"{target.parent} also holds {total / 1e9:.2f} GB decoded from other states of these "
             f"images; unless a run still reads them, free the room: {command}"
         )
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +142,13 @@ class _Build:
     target: Path
 
     def carry_out(self, workers: int | None, progress: ImagesProgress | None) -> None:
+        # Widths and heights before and after, int64 [N, 2], pixels.
         with ThreadPoolExecutor(8) as threads:
             sizes = np.array(list(threads.map(self.pool.size, range(len(self.pool)))), np.int64)
         scaled = np.array([resized_size(w, h, self.resize) for w, h in sizes.tolist()], np.int64)
-        small = keep_small(sizes, scaled)
+        # Kept as they are if no image shrinks and that saves much.
+        growth = scaled.prod(1).sum() / sizes.prod(1).sum()
+        small = bool((scaled >= sizes).all() and growth >= ENLARGE_FROM)
         kept = sizes if small else scaled
         chunks = self._chunks(kept)
         if self.target.exists():
@@ -163,10 +159,9 @@ class _Build:
         left = [chunk for chunk in chunks if chunk.key not in done]
         resize = None if small else self.resize
         decode_rest(self.pool, resize, self.staging, left, done, workers, progress)
-        self._finish(chunks, done, kept, scaled, small)
+        self._finish([(chunk, done[chunk.key]) for chunk in chunks], kept, scaled, small)
 
     def _chunks(self, kept: np.ndarray) -> list[Chunk]:
-        """Divide the images; `kept` has widths and heights, int64 `[N, 2]`."""
         bounds = np.concatenate([[0], np.cumsum(3 * kept.prod(1))]).tolist()
         chunks = []
         for start in range(0, len(self.pool), CHUNK):
@@ -177,12 +172,7 @@ class _Build:
         return chunks
 
     def _finish(
-        self,
-        chunks: list[Chunk],
-        done: dict[str, str],
-        kept: np.ndarray,
-        scaled: np.ndarray,
-        small: bool,
+        self, chunks: list[tuple[Chunk, str]], kept: np.ndarray, scaled: np.ndarray, small: bool
     ) -> None:
         """Write index and checksums, and give the cache its name."""
         sizes = 3 * kept.prod(1)
@@ -207,8 +197,8 @@ class _Build:
             "bytes": int(sizes.sum()),
             "index_sha256": hashlib.sha256(index).hexdigest(),
             "chunks": [
-                {"offset": chunk.offset, "bytes": chunk.bytes, "sha256": done[chunk.key]}
-                for chunk in chunks
+                {"offset": chunk.offset, "bytes": chunk.bytes, "sha256": checksum}
+                for chunk, checksum in chunks
             ],
         }
         write_synced(self.staging / INDEX, index)
@@ -218,9 +208,3 @@ class _Build:
         note_verified(self.staging)
         os.replace(self.staging, self.target)
         sync_folder(self.target.parent)
-
-
-def describe(cache: Cache) -> dict[str, Any]:
-    """Return what a run should record of its cache."""
-    kept = ("format", "resize", "small", "interpolation", "key", "images", "bytes", "index_sha256")
-    return {name: cache.about[name] for name in kept}

@@ -25,17 +25,12 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as transforms
 
 from ...cli import UsageError
 from ..storage import write_synced
 
 FORMAT = 1
 """Number of the layout; a cache of another is built anew."""
-
-ENLARGE_FROM = 4
-"""Images are kept small if enlarging them would make the cache so many times larger."""
 
 RESIZE = 256
 """Shorter side of the official code, pixels."""
@@ -52,35 +47,6 @@ class DamagedCache(UsageError):
         super().__init__(f"{self.what}; remove the folder {path.parent} and it is built anew")
 
 
-def resized_size(width: int, height: int, resize: int) -> tuple[int, int]:
-    """Return width and height once the shorter side has `resize` pixels, as torchvision rounds."""
-    if width <= height:
-        return resize, int(resize * height / width)
-    return int(resize * width / height), resize
-
-
-def planes(picture: Image.Image) -> np.ndarray:
-    """Return an RGB image as uint8 `[3, h, w]`."""
-    return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
-
-
-def resized(picture: Image.Image, resize: int) -> Image.Image:
-    """Scale the shorter side to `resize` with torchvision's Resize."""
-    # torchvision declares tensors only.
-    scale: Any = transforms.resize
-    return scale(picture, [resize], InterpolationMode.BILINEAR)
-
-
-def keep_small(sizes: np.ndarray, scaled: np.ndarray) -> bool:
-    """Tell whether images are kept as they are: no one shrinks, and it saves much.
-
-    Args:
-        sizes, scaled: widths and heights before and after, int64 `[N, 2]`, pixels.
-    """
-    grown = scaled.prod(1).sum() / sizes.prod(1).sum()
-    return bool((scaled >= sizes).all() and grown >= ENLARGE_FROM)
-
-
 @dataclass(frozen=True, slots=True)
 class Cache:
     """Images `[3, h, w]` of several sizes, one after another."""
@@ -93,16 +59,12 @@ class Cache:
     """Where each image begins, int64 `[N]`."""
 
     heights: np.ndarray
-    """int64 `[N]`, pixels, as they are kept."""
-
     widths: np.ndarray
-    """int64 `[N]`, pixels, as they are kept."""
+    """As they are kept, int64 `[N]`, pixels."""
 
     scaled_heights: np.ndarray
-    """int64 `[N]`, pixels, once the shorter side has `resize`."""
-
     scaled_widths: np.ndarray
-    """int64 `[N]`, pixels, once the shorter side has `resize`."""
+    """Once the shorter side has `resize`, int64 `[N]`, pixels."""
 
     about: dict[str, Any]
     """Settings, checksums and the key of the source."""
@@ -121,17 +83,14 @@ class Cache:
         return len(self.offsets)
 
     def image(self, index: int) -> np.ndarray:
-        """Return one image with its shorter side of `resize` pixels, uint8 `[3, H, W]`.
-
-        Without a copy, if it is kept so.
-        """
+        """Return one image with its shorter side of `resize` pixels, uint8 `[3, H, W]`."""
         height, width = int(self.heights[index]), int(self.widths[index])
         start = int(self.offsets[index])
         image = self.pixels[start : start + 3 * height * width].view(3, height, width).numpy()
         size = int(self.scaled_widths[index]), int(self.scaled_heights[index])
         if size == (width, height):
             return image
-        planes = (Image.fromarray(p).resize(size, Image.Resampling.BILINEAR) for p in image)
+        planes = [Image.fromarray(p).resize(size, Image.Resampling.BILINEAR) for p in image]
         return np.stack([np.asarray(plane) for plane in planes])
 
     @property

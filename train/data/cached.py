@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
-from .building import build_cache, describe
+from .building import build_cache
 from .cache import RESIZE, Cache
 from .pools import ImagesProgress, Pool
 from .splits import FOLDER, SplitName, open_split
@@ -67,6 +67,10 @@ def squash(picture: Image.Image, side: int) -> Image.Image:
     return Image.fromarray(squashed.permute(1, 2, 0).numpy())
 
 
+RECORDED = ("format", "resize", "small", "interpolation", "key", "images", "bytes", "index_sha256")
+"""What a run records of its cache."""
+
+
 @dataclass(frozen=True, slots=True)
 class CachedSplit:
     """What `Batches` takes: images decoded once, and which of them with which labels."""
@@ -89,11 +93,9 @@ class CachedSplit:
 
 def default_cache(name: str, root: Path) -> Path:
     """Return the folder for caches: ROOT/cache, beside and not inside a folder of one's own."""
-    return (
-        root.resolve().with_name(f"{root.resolve().name}.cache")
-        if name == FOLDER
-        else root / "cache"
-    )
+    if name != FOLDER:
+        return root / "cache"
+    return root.resolve().with_name(f"{root.resolve().name}.cache")
 
 
 def cache_label(name: str, root: Path, part: str) -> str:
@@ -131,5 +133,5 @@ def open_cached(
     folder = default_cache(name, root) if cache is None else cache
     label, pool = cache_label(name, root, opened.pool_name), cached_pool(name, opened.pool, resize)
     built = build_cache(pool, folder, label, resize=resize, workers=workers, progress=progress)
-    record = opened.record | {"cache": describe(built)}
+    record = opened.record | {"cache": {key: built.about[key] for key in RECORDED}}
     return CachedSplit(built, opened.rows, opened.labels, opened.class_names, record)

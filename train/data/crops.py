@@ -74,22 +74,16 @@ class Crops:
     """int64, where each image `[3, h, w]` begins among all bytes."""
 
     heights: Tensor
-    """int64, h."""
-
     widths: Tensor
-    """int64, w."""
+    """int64, h and w."""
 
     scaled_heights: Tensor
-    """int64, height to enlarge to; h if the image is to stay as it is."""
-
     scaled_widths: Tensor
-    """int64, width to enlarge to."""
+    """int64, size to enlarge to; h and w if the image is to stay as it is."""
 
     top: Tensor
-    """int64, first row of the crop in the enlarged image."""
-
     left: Tensor
-    """int64, first column of the crop in the enlarged image."""
+    """int64, first row and column of the crop in the enlarged image."""
 
     flip: Tensor
     """bool, whether to mirror."""

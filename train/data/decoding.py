@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ...cli import UsageError
 from ..storage import write_synced
-from .cache import ABOUT, PIXELS, hash_range, planes, resized
+from .cache import ABOUT, PIXELS, hash_range
 from .pools import ImagesProgress, Pool
 
 MAX_WORKERS = 16
@@ -56,14 +57,14 @@ def decode(
     Returns:
         Each chunk with the outcome: its checksum, or the error.
     """
-    images = sum(chunk.stop - chunk.start for chunk in chunks)
-    count = _worker_count(images) if workers is None else workers
-    if count < 2:
-        _open_pool(pool)
+    if workers is None:
+        images = sum(chunk.stop - chunk.start for chunk in chunks)
+        workers = min(usable_cores(), MAX_WORKERS, images // IMAGES_PER_WORKER)
+    if workers < 2:
         for chunk in chunks:
             outcome: Future = Future()
             try:
-                outcome.set_result(_fill(resize, path, chunk))
+                outcome.set_result(_fill(pool, resize, path, chunk))
             except Exception as error:
                 outcome.set_exception(error)
             yield chunk, outcome
@@ -72,19 +73,30 @@ def decode(
         return
     # Threads of torch may hold locks: a fresh process inherits none of them.
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(count, context, _start_worker, (pool,))
+    executor = ProcessPoolExecutor(workers, context, _start_worker, (pool,))
     try:
-        futures = [executor.submit(_fill, resize, path, chunk) for chunk in chunks]
+        futures = [executor.submit(_fill_of_worker, resize, path, chunk) for chunk in chunks]
         for number, (chunk, future) in enumerate(zip(chunks, futures, strict=True)):
             if future.exception():
                 waiting = zip(chunks[number:], futures[number:], strict=True)
-                kept = [pair for pair in waiting if not pair[1].cancel()]
-                yield from kept
+                yield from [pair for pair in waiting if not pair[1].cancel()]
                 return
             yield chunk, future
     finally:
         # After an interruption nothing further is begun.
         executor.shutdown(cancel_futures=True)
+
+
+def resized_size(width: int, height: int, resize: int) -> tuple[int, int]:
+    """Return width and height once the shorter side has `resize` pixels, as torchvision rounds."""
+    if width <= height:
+        return resize, int(resize * height / width)
+    return int(resize * width / height), resize
+
+
+def resized(picture: Image.Image, resize: int) -> Image.Image:
+    """Scale the shorter side to `resize` as torchvision's Resize does."""
+    return picture.resize(resized_size(*picture.size, resize), Image.Resampling.BILINEAR)
 
 
 def usable_cores() -> int:
@@ -94,36 +106,32 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _worker_count(images: int) -> int:
-    return max(1, min(usable_cores(), MAX_WORKERS, images // IMAGES_PER_WORKER))
-
-
 _pool: Pool
-
-
-def _open_pool(pool: Pool) -> None:
-    """Give a process the pool once, not with every task."""
-    global _pool
-    _pool = pool
+"""Of a worker, which gets it once and not with every task."""
 
 
 def _start_worker(pool: Pool) -> None:
     # Ctrl-C reaches every process of a terminal; the one that hands out the work ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _open_pool(pool)
+    global _pool
+    _pool = pool
 
 
-def _fill(resize: int | None, path: Path, chunk: Chunk) -> str:
+def _fill_of_worker(resize: int | None, path: Path, chunk: Chunk) -> str:
+    return _fill(_pool, resize, path, chunk)
+
+
+def _fill(pool: Pool, resize: int | None, path: Path, chunk: Chunk) -> str:
     """Decode a chunk into its place and return its checksum."""
     parts = []
     for index in range(chunk.start, chunk.stop):
-        picture = _pool.load(index)
+        picture = pool.load(index)
         picture = picture if resize is None else resized(picture, resize)
-        parts.append(planes(picture).reshape(-1))
+        parts.append(np.asarray(picture).transpose(2, 0, 1).reshape(-1))
     data = np.concatenate(parts)
     if data.nbytes != chunk.bytes:
         raise UsageError(
-            f"{_pool.name(chunk.start)} to {_pool.name(chunk.stop - 1)}: got images of other sizes "
+            f"{pool.name(chunk.start)} to {pool.name(chunk.stop - 1)}: got images of other sizes "
             "than a moment ago, expected files that stay as they are; start again"
         )
     with path.open("r+b") as stream:

@@ -6,7 +6,7 @@ but the published one. Tests compare these readers with them.
 """
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,184 @@ from .annotations import (
     unusable,
 )
 from .pools import ArrayPool, FilePool, Listing, Pool, index_labels, inside
+
+Labelled = dict[str, list[tuple[str, Hashable]]]
+"""train and test -> image names, each with its class as the dataset has it."""
+
+
+def _listing(
+    folder: Path,
+    images: Labelled,
+    source: Path,
+    *,
+    key: Callable | None = None,
+    titles: Callable = str,
+    **more,
+) -> Listing:
+    """List image files; the classes are those of the training images in the order of `key`.
+
+    Args:
+        source: the file that has the labels of the test images, for errors.
+        titles: class -> its name.
+    """
+    names = {part: [name for name, _ in images[part]] for part in images}
+    values = {part: [value for _, value in images[part]] for part in images}
+    used = sorted(set(values["train"]), key=key)
+    classes = {value: label for label, value in enumerate(used)}
+    return Listing(
+        pools={part: FilePool(folder, names[part]) for part in names},
+        labels={
+            part: index_labels(values[part], classes, names[part].__getitem__, source)
+            for part in names
+        },
+        class_names=[titles(value) for value in used],
+        **more,
+    )
+
+
+def _train_then_val(train: int, total: int) -> dict[str, np.ndarray]:
+    """Return the rows of train and val, where val follows train in one pool."""
+    return {"train": np.arange(train), "val": np.arange(train, total)}
+
+
+def _with_folders(names: Iterable[str]) -> list[tuple[str, Hashable]]:
+    """Return images whose class is the folder that they are in."""
+    return [(name, name.split("/")[-2]) for name in names]
+
+
+def read_dtd(folder: Path) -> Listing:
+    """DTD, partition 1: labels/train1.txt, val1.txt, test1.txt; images/CLASS/NAME.jpg."""
+    names = {}
+    for split in ("train", "val", "test"):
+        path = folder / "labels" / f"{split}1.txt"
+        lines = read_lines(path, "a list of image names")
+        names[split] = _with_folders(inside(folder, f"images/{line}", path) for line in lines)
+    images = {"train": names["train"] + names["val"], "test": names["test"]}
+    given = _train_then_val(len(names["train"]), len(images["train"]))
+    return _listing(folder, images, folder / "labels", given=given)
+
+
+def read_food101(folder: Path) -> Listing:
+    """Food-101: meta/train.json and test.json, class -> names; images/CLASS/NAME.jpg."""
+    images: Labelled = {}
+    for part in ("train", "test"):
+        path = folder / "meta" / f"{part}.json"
+        members = read_json(path, "class names, each with its image names")
+        if not all(isinstance(of_class, list) for of_class in members.values()):
+            raise unusable(path, "something else", "class names, each with its image names")
+        images[part] = [
+            (inside(folder, f"images/{name}.jpg", path), title)
+            for title, of_class in members.items()
+            for name in of_class
+        ]
+    return _listing(folder, images, folder / "meta" / "test.json")
+
+
+def read_gtsrb(folder: Path) -> Listing:
+    """GTSRB: GTSRB/Training/CLASS/TRACK_NUMBER.ppm; GT-final_test.csv for the test images."""
+    training, testing = "GTSRB/Training", "GTSRB/Final_Test/Images"
+    require_folder(folder / training, "a folder for every class")
+    require_folder(folder / testing, "the test images")
+    class_names = sorted(path.name for path in (folder / training).iterdir() if path.is_dir())
+    classes = {name: _number(name, folder / training) for name in class_names}
+    train = [
+        (f"{training}/{name}/{path.name}", classes[name])
+        for name in class_names
+        for path in sorted((folder / training / name).glob("*.ppm"))
+    ]
+    table = folder / "GT-final_test.csv"
+    lines = read_lines(table, "a table with the columns Filename and ClassId")
+    rows = list(csv.DictReader(lines, delimiter=";", skipinitialspace=True))
+    if not rows or not {"Filename", "ClassId"} <= rows[0].keys():
+        raise unusable(table, "other columns", "a table with the columns Filename and ClassId")
+    test = [
+        (inside(folder, f"{testing}/{row['Filename']}", table), _number(row["ClassId"], table))
+        for row in rows
+    ]
+    # 00012_00003.ppm is picture 3 of sign 12 of its class.
+    groups = [name.rpartition("_")[0] for name, _ in train]
+    titles = {number: name for name, number in classes.items()}
+    images: Labelled = {"train": train, "test": test}
+    return _listing(folder, images, table, titles=titles.__getitem__, groups=groups)
+
+
+def read_birds(folder: Path) -> Listing:
+    """CUB-200-2011 and NABirds: images.txt, image_class_labels.txt, train_test_split.txt."""
+    files = read_pairs(folder / "images.txt", "an image number and a name a line")
+    ids = read_pairs(folder / "image_class_labels.txt", "an image number and a class a line")
+    training = read_pairs(folder / "train_test_split.txt", "an image number and 1 or 0 a line")
+    titles = read_pairs(folder / "classes.txt", "a class number and a name a line")
+    for other, path in ((ids, "image_class_labels.txt"), (training, "train_test_split.txt")):
+        if other.keys() != files.keys():
+            number = min(other.keys() ^ files.keys())
+            got = f"image {number} in one of this file and images.txt"
+            raise unusable(folder / path, got, "the same images in both")
+    images: Labelled = {
+        part: sorted(
+            (inside(folder, f"images/{files[number]}", folder / "images.txt"), ids[number])
+            for number in files
+            if training[number] == flag
+        )
+        for part, flag in (("train", "1"), ("test", "0"))
+    }
+    return _listing(
+        folder,
+        images,
+        folder / "image_class_labels.txt",
+        key=partial(_number, path=folder / "classes.txt"),
+        titles=lambda value: titles.get(value, value),
+    )
+
+
+def read_dogs(folder: Path) -> Listing:
+    """Stanford Dogs: train_list.mat and test_list.mat with file_list and labels."""
+    images: Labelled = {}
+    for part in ("train", "test"):
+        path = folder / f"{part}_list.mat"
+        listed, labels = read_mat(path, "file_list", "labels")
+        found = [str(cell.item()) for cell in listed.ravel()]
+        if len(found) != labels.size:
+            got = f"{len(found)} files and {labels.size} labels"
+            raise unusable(path, got, "as many of one as of the other")
+        images[part] = sorted(
+            (inside(folder, f"Images/{name}", path), int(label))
+            for name, label in zip(found, labels.ravel(), strict=True)
+        )
+    titles = {value: name.split("/")[-2] for name, value in images["train"]}
+    return _listing(folder, images, folder / "test_list.mat", titles=titles.__getitem__)
+
+
+def read_flowers(folder: Path) -> Listing:
+    """Flowers-102: setid.mat numbers the images of each split, imagelabels.mat has 1..C."""
+    # The archive does not have the names of the classes.
+    from torchvision.datasets import Flowers102
+
+    path = folder / "setid.mat"
+    train, val, test = (
+        ids.ravel().astype(int) for ids in read_mat(path, "trnid", "valid", "tstid")
+    )
+    (labels,) = read_mat(folder / "imagelabels.mat", "labels")
+    labels = labels.ravel().astype(int)
+    images: Labelled = {}
+    for part, numbers in (("train", np.concatenate([train, val])), ("test", test)):
+        if numbers.min() < 1 or numbers.max() > len(labels):
+            got = f"image numbers from {numbers.min()} to {numbers.max()}"
+            raise unusable(path, got, f"1 to {len(labels)}, as imagelabels.mat has labels")
+        images[part] = [(f"jpg/image_{n:05d}.jpg", int(labels[n - 1])) for n in numbers]
+    return _listing(
+        folder,
+        images,
+        folder / "imagelabels.mat",
+        titles=lambda value: Flowers102.classes[value - 1],
+        given=_train_then_val(len(train), len(train) + len(val)),
+    )
+
+
+def _number(text: str | None, path: Path) -> int:
+    try:
+        return int(text or "")
+    except ValueError:
+        raise unusable(path, f"the class {text!r}", "a number for every class") from None
 
 
 def read_svhn(folder: Path) -> Listing:
@@ -80,174 +258,6 @@ def _cifar_pixels(paths: list[Path]) -> np.ndarray:
             raise unusable(path, "other data", "uint8 [N, 3072]")
         parts.append(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     return np.ascontiguousarray(np.concatenate(parts))
-
-
-def _listing(
-    folder: Path, names: dict[str, list[str]], values: dict[str, list], classes: dict, source: Path
-) -> dict:
-    """Return pools and labels of image files, as arguments of Listing."""
-    labels = {
-        part: index_labels(values[part], classes, names[part].__getitem__, source) for part in names
-    }
-    return {"pools": {part: FilePool(folder, names[part]) for part in names}, "labels": labels}
-
-
-def read_dtd(folder: Path) -> Listing:
-    """DTD, partition 1: labels/train1.txt, val1.txt, test1.txt; images/CLASS/NAME.jpg."""
-    names = {}
-    for split in ("train", "val", "test"):
-        path = folder / "labels" / f"{split}1.txt"
-        lines = read_lines(path, "a list of image names")
-        names[split] = [inside(folder, f"images/{line}", path) for line in lines]
-    classes = {
-        name: label for label, name in enumerate(sorted({_parent(n) for n in names["train"]}))
-    }
-    pooled = {"train": names["train"] + names["val"], "test": names["test"]}
-    values = {part: [_parent(name) for name in pooled[part]] for part in pooled}
-    count = len(names["train"])
-    return Listing(
-        **_listing(folder, pooled, values, classes, folder / "labels"),
-        class_names=list(classes),
-        given={"train": np.arange(count), "val": np.arange(count, len(pooled["train"]))},
-    )
-
-
-def read_food101(folder: Path) -> Listing:
-    """Food-101: meta/train.json and test.json, class -> names; images/CLASS/NAME.jpg."""
-    names, values = {}, {}
-    for part in ("train", "test"):
-        path = folder / "meta" / f"{part}.json"
-        members = read_json(path, "class names, each with its image names")
-        if not all(isinstance(of_class, list) for of_class in members.values()):
-            raise unusable(path, "something else", "class names, each with its image names")
-        names[part] = [
-            inside(folder, f"images/{name}.jpg", path) for of in members.values() for name in of
-        ]
-        values[part] = [label for label, of in members.items() for _ in of]
-    classes = {name: label for label, name in enumerate(sorted(set(values["train"])))}
-    listed = _listing(folder, names, values, classes, folder / "meta" / "test.json")
-    return Listing(**listed, class_names=list(classes))
-
-
-def read_gtsrb(folder: Path) -> Listing:
-    """GTSRB: GTSRB/Training/CLASS/TRACK_NUMBER.ppm; GT-final_test.csv for the test images."""
-    training, testing = "GTSRB/Training", "GTSRB/Final_Test/Images"
-    require_folder(folder / training, "a folder for every class")
-    require_folder(folder / testing, "the test images")
-    class_names = sorted(path.name for path in (folder / training).iterdir() if path.is_dir())
-    names = {
-        "train": [
-            f"{training}/{name}/{path.name}"
-            for name in class_names
-            for path in sorted((folder / training / name).glob("*.ppm"))
-        ]
-    }
-    table = folder / "GT-final_test.csv"
-    lines = read_lines(table, "a table with the columns Filename and ClassId")
-    rows = list(csv.DictReader(lines, delimiter=";", skipinitialspace=True))
-    if not rows or not {"Filename", "ClassId"} <= rows[0].keys():
-        raise unusable(table, "other columns", "a table with the columns Filename and ClassId")
-    names["test"] = [inside(folder, f"{testing}/{row['Filename']}", table) for row in rows]
-    classes = {_number(name, folder / training): n for n, name in enumerate(class_names)}
-    values = {
-        "train": [int(_parent(name)) for name in names["train"]],
-        "test": [_number(row["ClassId"], table) for row in rows],
-    }
-    # 00012_00003.ppm is picture 3 of sign 12 of its class.
-    groups = [name.rpartition("_")[0] for name in names["train"]]
-    listed = _listing(folder, names, values, classes, table)
-    return Listing(**listed, class_names=class_names, groups=groups)
-
-
-def read_birds(folder: Path) -> Listing:
-    """CUB-200-2011 and NABirds: images.txt, image_class_labels.txt, train_test_split.txt."""
-    files = read_pairs(folder / "images.txt", "an image number and a name a line")
-    ids = read_pairs(folder / "image_class_labels.txt", "an image number and a class a line")
-    training = read_pairs(folder / "train_test_split.txt", "an image number and 1 or 0 a line")
-    titles = read_pairs(folder / "classes.txt", "a class number and a name a line")
-    for other, path in ((ids, "image_class_labels.txt"), (training, "train_test_split.txt")):
-        if other.keys() != files.keys():
-            number = min(other.keys() ^ files.keys())
-            got = f"image {number} in one of this file and images.txt"
-            raise unusable(folder / path, got, "the same images in both")
-    names: dict[str, list[str]] = {}
-    values: dict[str, list[str]] = {}
-    for part, flag in (("train", "1"), ("test", "0")):
-        chosen = sorted(
-            (inside(folder, f"images/{files[number]}", folder / "images.txt"), ids[number])
-            for number in files
-            if training[number] == flag
-        )
-        names[part] = [name for name, _ in chosen]
-        values[part] = [value for _, value in chosen]
-    used = sorted(set(values["train"]), key=partial(_number, path=folder / "classes.txt"))
-    classes = {value: label for label, value in enumerate(used)}
-    listed = _listing(folder, names, values, classes, folder / "image_class_labels.txt")
-    return Listing(**listed, class_names=[titles.get(value, value) for value in used])
-
-
-def read_dogs(folder: Path) -> Listing:
-    """Stanford Dogs: train_list.mat and test_list.mat with file_list and labels."""
-    names, values = {}, {}
-    for part in ("train", "test"):
-        path = folder / f"{part}_list.mat"
-        listed, labels = read_mat(path, "file_list", "labels")
-        found = [str(cell.item()) for cell in listed.ravel()]
-        if len(found) != labels.size:
-            got = f"{len(found)} files and {labels.size} labels"
-            raise unusable(path, got, "as many of one as of the other")
-        chosen = sorted(
-            (inside(folder, f"Images/{name}", path), int(label))
-            for name, label in zip(found, labels.ravel(), strict=True)
-        )
-        names[part] = [name for name, _ in chosen]
-        values[part] = [value for _, value in chosen]
-    used = sorted(set(values["train"]))
-    classes = {value: label for label, value in enumerate(used)}
-    titles = dict(zip(values["train"], map(_parent, names["train"]), strict=True))
-    arguments = _listing(folder, names, values, classes, folder / "test_list.mat")
-    return Listing(**arguments, class_names=[titles[value] for value in used])
-
-
-def read_flowers(folder: Path) -> Listing:
-    """Flowers-102: setid.mat numbers the images of each split, imagelabels.mat has 1..C."""
-    path = folder / "setid.mat"
-    parts = [ids.ravel().astype(int) for ids in read_mat(path, "trnid", "valid", "tstid")]
-    (labels,) = read_mat(folder / "imagelabels.mat", "labels")
-    labels = labels.ravel().astype(int)
-    numbers = {"train": np.concatenate(parts[:2]), "test": parts[2]}
-    for of_part in numbers.values():
-        if of_part.min() < 1 or of_part.max() > len(labels):
-            got = f"image numbers from {of_part.min()} to {of_part.max()}"
-            raise unusable(path, got, f"1 to {len(labels)}, as imagelabels.mat has labels")
-    names = {part: [f"jpg/image_{n:05d}.jpg" for n in numbers[part]] for part in numbers}
-    values = {part: labels[numbers[part] - 1].tolist() for part in numbers}
-    used = sorted(set(values["train"]))
-    classes = {value: label for label, value in enumerate(used)}
-    count = len(parts[0])
-    return Listing(
-        **_listing(folder, names, values, classes, folder / "imagelabels.mat"),
-        class_names=flower_names(used),
-        given={"train": np.arange(count), "val": np.arange(count, len(names["train"]))},
-    )
-
-
-def flower_names(ids: Sequence[int]) -> list[str]:
-    """Return the names of flower classes 1..102; the archive does not have them."""
-    from torchvision.datasets import Flowers102
-
-    return [Flowers102.classes[number - 1] for number in ids]
-
-
-def _number(text: str | None, path: Path) -> int:
-    try:
-        return int(text or "")
-    except ValueError:
-        raise unusable(path, f"the class {text!r}", "a number for every class") from None
-
-
-def _parent(name: str) -> str:
-    return name.split("/")[-2]
 
 
 READERS: dict[str, Callable[[Path], Listing]] = {

@@ -142,14 +142,15 @@ def open_split(
             as `source_kind`.
     """
     listing = read_listing(name, root)
-    rule: Rule = DATASETS[name].rule if name in DATASETS else "given"
+    dataset = DATASETS.get(name)
+    rule: Rule = dataset.rule if dataset else "given"
     pool_name: Literal["train", "test"] = "test" if split == "test" else "train"
     pool, labels = listing.pools[pool_name], listing.labels[pool_name]
     if name in VTAB:
         rows, told = listing.given.get(split, np.arange(len(pool))), LISTS[split]
     elif split == "test":
-        rows, told = np.arange(len(pool)), "the official test images"
-        rows = listing.given.get("test", rows)
+        rows = listing.given.get("test", np.arange(len(pool)))
+        told = "the official test images"
     elif split == "trainval":
         if protocol == "official":
             raise UsageError(
@@ -157,10 +158,13 @@ def open_split(
                 "train and val may overlap; choose another protocol"
             )
         rows, told = np.arange(len(pool)), "all official training images"
-    elif protocol == "official":
-        rows, told = _official_rows(listing, rule, split)
+    elif split in listing.given:
+        rows = listing.given[split]
+        told = "VPT's split files" if listing.from_vpt else "the dataset's own split"
+    elif protocol == "official" and rule in ("first", "shuffle"):
+        rows, told = _official_rows(len(pool), rule, split)
     else:
-        rows, told = _honest_rows(listing, rule, split)
+        rows, told = _held_out_rows(listing, rule, split)
     labels = labels[rows]
     if protocol == "official" and split in listing.official_labels:
         labels = listing.official_labels[split]
@@ -175,62 +179,45 @@ def open_split(
     }
     if name in TASKS and isinstance(pool, FilePool):
         record["source"] = source_kind(pool, TASKS[name], source).to_json()
-    if name in DATASETS:
-        record |= _against_registry(name, split, protocol, len(rows), len(listing.class_names))
+    if dataset is not None:
+        expected, classes = expected_images(dataset, split, protocol), len(listing.class_names)
+        record["expected_images"] = expected
+        record["complete"] = len(rows) == expected and classes == dataset.classes
+        if dataset.caution:
+            record["caution"] = dataset.caution
     return OpenedSplit(name, split, pool_name, pool, rows, labels, listing.class_names, record)
 
 
-def _official_rows(listing: Listing, rule: Rule, split: str) -> tuple[np.ndarray, str]:
-    if split in listing.given:
-        source = "VPT's split files" if listing.from_vpt else "the dataset's own split"
-        return listing.given[split], source
-    count = len(listing.pools["train"])
+def _official_rows(count: int, rule: Rule, split: SplitName) -> tuple[np.ndarray, str]:
+    """Cut the training images as the official code does."""
     kept = int(KEPT * count)
-    rows = np.arange(count)
     part = slice(kept) if split == "train" else slice(kept, None)
     if rule == "first":
         where = "first 80 %" if split == "train" else "last 20 %"
-        return rows[part], f"{where} of the training images in the order of the file"
-    if rule == "shuffle":
-        generator = random.Random(OFFICIAL_SEED)
-        order = rows.tolist()
+        return np.arange(count)[part], f"{where} of the training images in the order of the file"
+    generator = random.Random(OFFICIAL_SEED)
+    order = list(range(count))
+    generator.shuffle(order)
+    if split == "val":
+        # The official code reads the files anew and lets the same generator go on.
+        order = list(range(count))
         generator.shuffle(order)
-        if split == "val":
-            # The official code reads the files anew and lets the same generator go on.
-            order = rows.tolist()
-            generator.shuffle(order)
-        told = "first 80 %" if split == "train" else "last 20 % of another shuffle (leak)"
-        return np.array(order[part]), f"training images shuffled by seed {OFFICIAL_SEED}, {told}"
-    return _honest_rows(listing, rule, split)
+    told = "first 80 %" if split == "train" else "last 20 % of another shuffle (leak)"
+    return np.array(order[part]), f"training images shuffled by seed {OFFICIAL_SEED}, {told}"
 
 
-def _honest_rows(listing: Listing, rule: Rule, split: str) -> tuple[np.ndarray, str]:
-    if split in listing.given:
-        source = "VPT's split files" if listing.from_vpt else "the dataset's own split"
-        return listing.given[split], source
+def _held_out_rows(listing: Listing, rule: Rule, split: SplitName) -> tuple[np.ndarray, str]:
+    """Hold validation images out once, without overlap."""
     pool, share = listing.pools["train"], VAL_SHARE[rule]
     keys = listing.groups or [pool.key(row) for row in range(len(pool))]
     val = held_out(listing.labels["train"], keys, share, OFFICIAL_SEED)
     told = f"{share:.0%} of the training images held out by {OURS}"
     if listing.groups:
         told += "; tracks stay whole"
-    if split == "val":
-        return val, told
-    keep = np.ones(len(pool), bool)
-    keep[val] = False
-    return np.flatnonzero(keep), told
+    return val if split == "val" else np.setdiff1d(np.arange(len(pool)), val), told
 
 
-def _against_registry(
-    name: str, split: str, protocol: str, images: int, classes: int
-) -> dict[str, Any]:
-    dataset = DATASETS[name]
+def expected_images(dataset: Dataset, split: SplitName, protocol: str) -> int:
+    """Return how many images the published dataset has in a split."""
     counts = dataset.official if protocol == "official" else dataset.honest
-    expected = counts["train"] + counts["val"] if split == "trainval" else counts[split]
-    record: dict[str, Any] = {
-        "expected_images": expected,
-        "complete": images == expected and classes == dataset.classes,
-    }
-    if dataset.caution:
-        record["caution"] = dataset.caution
-    return record
+    return counts["train"] + counts["val"] if split == "trainval" else counts[split]

@@ -1,6 +1,7 @@
 """Compare what is on disk of a dataset with the registry, and decode every image."""
 
 import glob
+import itertools
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -16,8 +17,16 @@ from .cache import DamagedCache, open_cache
 from .cached import cache_label, cached_pool, default_cache
 from .pools import FilePool, ImagesProgress, Listing, Pool
 from .prepare import progress_bar
-from .registry import Dataset
-from .splits import DATASETS, FOLDER, NAMES, SplitName, open_split, read_listing, require_dataset
+from .registry import HTA, Dataset
+from .splits import (
+    DATASETS,
+    NAMES,
+    SplitName,
+    expected_images,
+    open_split,
+    read_listing,
+    require_dataset,
+)
 from .vtab_tasks import VTAB, tasks_of
 
 SHOWN = 20
@@ -96,7 +105,7 @@ class Verification:
     """What was found."""
 
     name: str
-    counts: dict[tuple[str, str], int] = field(default_factory=dict)
+    counts: dict[tuple[str, SplitName], int] = field(default_factory=dict)
     """(protocol, split) -> images; the protocols are official and honest, and "every" where they
     do not differ."""
 
@@ -146,7 +155,11 @@ def verify(
     found = Verification(name)
     try:
         listing = read_listing(name, root)
-        for protocol, split in _splits(name):
+        protocols = ("official", "honest") if name in HTA else ("every",)
+        splits: tuple[SplitName, ...] = ("train", "val", "test")
+        if name in VTAB:
+            splits += ("trainval",)
+        for protocol, split in itertools.product(protocols, splits):
             opened = open_split(name, root, split, protocol=protocol)
             found.counts[protocol, split] = len(opened.rows)
             if "source" in opened.record:
@@ -193,20 +206,10 @@ def _look_at_caches(found: Verification, folder: Path, label: str, pool: Pool) -
         found.caches.append(f"{path}: {size:.2f} GB, {state}")
 
 
-def _splits(name: str) -> list[tuple[str, SplitName]]:
-    splits: tuple[SplitName, ...] = ("train", "val", "test")
-    if name in VTAB:
-        return [("every", split) for split in (*splits, "trainval")]
-    if name == FOLDER:
-        return [("every", split) for split in splits]
-    return [(protocol, split) for protocol in ("official", "honest") for split in splits]
-
-
 def _other_counts(found: Verification, expected: Dataset) -> list[str]:
     problems = []
     for (protocol, split), got in found.counts.items():
-        counts = expected.official if protocol == "official" else expected.honest
-        count = counts["train"] + counts["val"] if split == "trainval" else counts[split]
+        count = expected_images(expected, split, protocol)
         if got != count:
             problems.append(f"{split} ({protocol}): got {got:,} images, expected {count:,}")
     return problems
@@ -232,17 +235,18 @@ def _other_classes(listing: Listing, expected: Dataset) -> list[str]:
 
 
 def _other_images(listing: Listing, decode: bool, progress: ImagesProgress | None) -> list[str]:
-    total = sum(len(pool) for pool in listing.pools.values())
-    problems: list[str] = []
-    done = 0
+    total = sum(map(len, listing.pools.values()))
     with ThreadPoolExecutor() as threads:
-        for pool in listing.pools.values():
-            for problem in threads.map(partial(_fault, pool, decode), range(len(pool))):
-                done += 1
-                if problem:
-                    problems.append(problem)
-                if progress:
-                    progress(done, total)
+        faults = itertools.chain.from_iterable(
+            threads.map(partial(_fault, pool, decode), range(len(pool)))
+            for pool in listing.pools.values()
+        )
+        problems = []
+        for done, problem in enumerate(faults, start=1):
+            if problem:
+                problems.append(problem)
+            if progress:
+                progress(done, total)
     return problems
 
 

@@ -13,7 +13,6 @@ from PIL import Image
 from tcpa.cli import UsageError
 from tcpa.train.data import delivery
 from tcpa.train.data.batches import Batches, local_rows
-from tcpa.train.data.cache import resized_size
 from tcpa.train.data.cached import open_cached
 from tcpa.train.data.crops import (
     IMAGENET_MEAN,
@@ -23,6 +22,7 @@ from tcpa.train.data.crops import (
     gather_crops,
     gather_enlarged_crops,
 )
+from tcpa.train.data.decoding import resized_size
 from tcpa.train.data.delivery import Memory, Resident
 from tcpa.train.data.splits import open_split
 

@@ -5,20 +5,17 @@ import json
 import os
 import re
 import resource
-import select
 import shutil
-import signal
-import subprocess
-import sys
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torchvision.transforms.functional as F
+from cache_builder import CONTEXT, kill_worker, start_builder
 from dataset_trees import picture, write_tree
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from tcpa import HTA_DATASETS
 from tcpa.cli import UsageError
@@ -33,11 +30,9 @@ from tcpa.train.data.cache import (
     DamagedCache,
     note_verified,
     open_cache,
-    planes,
-    resized,
-    resized_size,
 )
 from tcpa.train.data.cached import default_cache, open_cached
+from tcpa.train.data.decoding import resized_size
 from tcpa.train.data.pools import FilePool
 from tcpa.train.data.splits import open_split
 
@@ -218,10 +213,10 @@ def test_a_disk_that_fills_up_while_decoding(pool, tmp_path, small_chunks, monke
     folder = tmp_path / "cache"
     fill = decoding._fill
 
-    def full(resize, path, chunk):
+    def full(pool, resize, path, chunk):
         if chunk.start >= 4:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return fill(resize, path, chunk)
+        return fill(pool, resize, path, chunk)
 
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "_fill", full)
@@ -378,55 +373,24 @@ def test_caches_of_images_that_changed_are_told(pool, tmp_path, capsys) -> None:
     open_cache(old.folder).check()
 
 
-BUILDER = """
-import sys, time
-from pathlib import Path
-from tcpa.train.data import building, pools
-building.CHUNK = 4
-photos, folder, stop = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-load, lock = pools.FilePool.load, building.FileLock
-def until(self, index):
-    if index == stop:
-        time.sleep(100)
-    return load(self, index)
-def told_lock(path):
-    print("lock", flush=True)
-    return lock(path)
-pools.FilePool.load, building.FileLock = until, told_lock
-pool = pools.FilePool(photos, sorted(path.name for path in photos.iterdir()))
-told = lambda done, total: print(done, flush=True)
-cache = building.build_cache(pool, folder, "x", resize=32, workers=1, progress=told)
-print("finished", cache.folder.name, flush=True)
-"""
-"""Builds a cache and stops for good before one image, if there is such a number."""
-
-
-def start_builder(pool, folder: Path, stop: int) -> subprocess.Popen:
-    command = [sys.executable, "-c", BUILDER, str(pool.folder), str(folder), str(stop)]
-    # Unbuffered, or `select` would not see lines that were read along with others.
-    return subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0)
-
-
-def test_two_builders_and_a_kill(pool, tmp_path, monkeypatch) -> None:
-    """One is killed half-way while another waits for it; that one goes on and finishes."""
+def test_two_builders_and_a_kill(pool, tmp_path, small_chunks) -> None:
+    """One is killed half-way while another waits for it; that one takes over."""
     folder = tmp_path / "cache"
-    with start_builder(pool, folder, 9) as first, start_builder(pool, folder, 9) as second:
-        builders = {first.stdout: first, second.stdout: second}
-        lines = {pipe: [pipe.readline()] for pipe in builders}
-        assert list(lines.values()) == [[b"lock\n"]] * 2
-        # Whoever has the lock tells of two chunks and then hangs; the other waits.
-        ready, _, _ = select.select(list(builders), [], [], 60)
-        assert [ready[0].readline(), ready[0].readline()] == [b"4\n", b"8\n"]
-        assert select.select(list(builders), [], [], 0.2)[0] == []
-        assert not list(folder.glob("x-32-*")), "half a cache has the name of a whole one"
-        builders[ready[0]].send_signal(signal.SIGKILL)
-        # The other takes over, goes on at the third chunk and hangs there too.
-        assert select.select(list(builders), [], [], 0.5)[0] in ([], [ready[0]])
-        for builder in (first, second):
-            builder.kill()
+    builders = {pipe: one for one, pipe in (start_builder(pool.folder, folder, 9) for _ in "ab")}
+    assert [pipe.recv() for pipe in builders] == ["lock", "lock"]
+    # Whoever has the lock tells of two chunks and then hangs; the other waits.
+    ready = wait(builders, 60)
+    assert [ready[0].recv(), ready[0].recv()] == [4, 8]
+    assert wait(builders, 0.2) == []
+    assert not list(folder.glob("x-32-*")), "half a cache has the name of a whole one"
+    builders.pop(ready[0]).kill()
+    # The other takes over, resumes at the third chunk and hangs there too.
+    assert wait(builders, 0.5) == []
+    for builder in builders.values():
+        builder.kill()
+        builder.join()
     lines = (folder / "x-32.building/journal.jsonl").read_text().split("\n")
     assert len([line for line in lines if line]) == 2
-    monkeypatch.setattr(building, "CHUNK", 4)
     decoded = []
     cache = build_cache(
         pool, folder, "x", resize=32, progress=lambda done, total: decoded.append(done)
@@ -434,20 +398,21 @@ def test_two_builders_and_a_kill(pool, tmp_path, monkeypatch) -> None:
     assert decoded == [12], "the chunks of the killed builder were decoded again"
     assert_equal(cache, pool, 32)
     cache.check()
-    about = json.loads((cache.folder / ABOUT).read_text())
-    assert about["images"] == 12
+    assert cache.about["images"] == 12
 
 
-def test_processes_that_share_a_damaged_cache_mend_it_once(pool, tmp_path, monkeypatch) -> None:
+def test_processes_that_share_a_damaged_cache_mend_it_once(pool, tmp_path, small_chunks) -> None:
     folder = tmp_path / "cache"
-    monkeypatch.setattr(building, "CHUNK", 4)
     cache = build_cache(pool, folder, "x", resize=32)
     alter(cache.folder / PIXELS, 5)
-    with start_builder(pool, folder, -1) as first, start_builder(pool, folder, -1) as second:
-        printed = [builder.communicate(timeout=120)[0].decode() for builder in (first, second)]
-    assert [text.count(f"finished {cache.folder.name}") for text in printed] == [1, 1]
+    said = []
+    for builder, pipe in [start_builder(pool.folder, folder) for _ in "ab"]:
+        while (said[-1:] or [""])[-1] != cache.folder.name:
+            said.append(pipe.recv())
+        said.append("")
+        builder.join()
     # One decodes the one chunk, the other finds it mended.
-    assert "".join(printed).count("12\n") == 1
+    assert said.count(12) == 1 and said.count(cache.folder.name) == 2
     found = build_cache(pool, folder, "x", resize=32)
     assert_equal(found, pool, 32)
     found.check()
@@ -457,19 +422,11 @@ def test_processes_that_share_a_damaged_cache_mend_it_once(pool, tmp_path, monke
 
 def test_a_worker_that_is_killed(pool, tmp_path, small_chunks, monkeypatch) -> None:
     monkeypatch.setattr(decoding, "_start_worker", kill_worker)
+    monkeypatch.setattr(decoding.multiprocessing, "get_context", lambda method: CONTEXT)
     with pytest.raises(UsageError, match=r"x-32.building: a process that decoded images was ended"):
         build_cache(pool, tmp_path / "cache", "x", resize=32, workers=2)
     monkeypatch.undo()
     assert_equal(build_cache(pool, tmp_path / "cache", "x", resize=32), pool, 32)
-
-
-def kill_worker(pool) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_resized_keeps_an_image_that_fits() -> None:
-    image = Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3))
-    assert np.array_equal(planes(resized(image, 10)), np.asarray(image).transpose(2, 0, 1))
 
 
 def test_images_are_kept_small_only_when_that_saves_much(tmp_path) -> None:
