@@ -4,7 +4,7 @@ import codecs
 import json
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -80,29 +80,28 @@ def read_mat(path: Path, *names: str) -> list[np.ndarray]:
     return [found[name] for name in names]
 
 
-class _DataUnpickler(pickle.Unpickler):
-    """Knows numpy arrays of numbers and nothing else, so that a pickle cannot call anything."""
-
-    _RECONSTRUCT = np.zeros(1).__reduce__()[0]
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        package = module_name.replace("numpy._core", "numpy.core")
-        if (package, global_name) == ("numpy.core.multiarray", "_reconstruct"):
-            return self._RECONSTRUCT
-        if (package, global_name) == ("numpy", "ndarray"):
-            return np.ndarray
-        if (package, global_name) == ("numpy", "dtype"):
-            return np.dtype
-        if (package, global_name) == ("_codecs", "encode"):
-            return _encode_latin1
-        raise pickle.UnpicklingError(f"it wants to call {module_name}.{global_name}")
-
-
 def _encode_latin1(text: str, encoding: str) -> bytes:
     """Rebuild bytes, as protocol 2 writes them; no other codec is let through."""
     if codecs.lookup(encoding).name != "iso8859-1":
         raise pickle.UnpicklingError(f"it wants the codec {encoding}")
     return text.encode("latin1")
+
+
+class _DataUnpickler(pickle.Unpickler):
+    """Knows numpy arrays of numbers and nothing else, so that a pickle cannot call anything."""
+
+    _KNOWN: ClassVar = {
+        ("numpy.core.multiarray", "_reconstruct"): np.zeros(1).__reduce__()[0],
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("_codecs", "encode"): _encode_latin1,
+    }
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        wanted = module_name.replace("numpy._core", "numpy.core"), global_name
+        if wanted not in self._KNOWN:
+            raise pickle.UnpicklingError(f"it wants to call {module_name}.{global_name}")
+        return self._KNOWN[wanted]
 
 
 def read_pickled(path: Path, *names: str) -> list[Any]:

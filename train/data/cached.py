@@ -43,7 +43,6 @@ class SquashedPool:
         return self._pool.key(index)
 
     def size(self, index: int) -> tuple[int, int]:
-        """Return width and height of the squashed image, pixels."""
         width, height = self._pool.size(index)
         return (width, height) if self._stays(width, height) else (self._side, self._side)
 

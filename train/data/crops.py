@@ -104,8 +104,7 @@ def gather_crops(pixels: Tensor, crops: Crops, side: int) -> Tensor:
     Returns:
         uint8 `[n, 3, side, side]` on the device of `pixels`.
     """
-    row, column = _places(crops, side)
-    return _gather(pixels, crops, row, column)
+    return _gather(pixels, crops, *_places(crops, side))
 
 
 def gather_enlarged_crops(pixels: Tensor, crops: Crops, side: int) -> Tensor:
@@ -153,12 +152,9 @@ def _gather(pixels: Tensor, crops: Crops, row: Tensor, column: Tensor) -> Tensor
 def _taps(place: Tensor, size: Tensor, scaled: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Return the two neighbours that each enlarged pixel lies between, and their weights.
 
-    Args:
-        place: int64 `[n, side]`, pixels of the enlarged axis.
-        size, scaled: int64 `[n]`, its length before and after.
-
-    Returns:
-        Two int64 `[n, side]` within the axis, and two int32 `[n, side]` that sum to about 2**22.
+    `place` int64 `[n, side]`, pixels of the enlarged axis; `size` and `scaled` int64 `[n]`, its
+    length before and after. Two int64 `[n, side]` within the axis, and two int32 `[n, side]` that
+    sum to about 2**22.
     """
     scale = (size.double() / scaled.double())[:, None]
     centre = (place.double() + 0.5) * scale

@@ -1,11 +1,11 @@
 """A dataset of the user's own: a folder for every class, in train/ val/ test/ or in one tree."""
 
-import difflib
 from pathlib import Path
 
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ...checks import did_you_mean
 from .annotations import require_folder, unusable
 from .pools import FilePool, Listing, index_labels
 from .stratify import held_out
@@ -66,11 +66,10 @@ def _require_known(root: Path, split: str, found: list[str], class_names: list[s
     unknown = [name for name in found if name not in class_names]
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        near = difflib.get_close_matches(unknown[0], class_names, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = did_you_mean(unknown[0], class_names)
         raise unusable(
             root / split / unknown[0],
-            f"a class{more} that train/ does not have{hint}",
+            f"a class{more} that train/ does not have{hint and f' ({hint})'}",
             f"the {len(class_names)} classes of {root / 'train'}",
             "rename or remove it, or add training images of it",
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -35,9 +35,7 @@ class Pool(Protocol):
 
     def __len__(self) -> int: ...
 
-    def name(self, index: int) -> str:
-        """Return what to call an image in a message."""
-        ...
+    def name(self, index: int) -> str: ...
 
     def key(self, index: int) -> str:
         """Return the image's name within the dataset, the same on every machine."""
@@ -71,9 +69,8 @@ def inside(folder: Path, relative: str, listed_in: Path) -> str:
     return str(parts)
 
 
-class _Remedies(NamedTuple):
-    """What to do about a file."""
-
+@dataclass(frozen=True, slots=True)
+class _Remedies:
     missing: str
     broken: str
 
@@ -105,16 +102,11 @@ class FilePool:
         return self.names[index]
 
     def size(self, index: int) -> tuple[int, int]:
-        """Return width and height from the file's header."""
         with self._opened(self.folder / self.names[index]) as picture:
             return picture.size
 
     def load(self, index: int) -> Image.Image:
-        """Decode a file as RGB, as torchvision's default loader does.
-
-        Raises:
-            UsageError: the file is missing, is no image, or is cut off; names the file.
-        """
+        """Decode a file as RGB; UsageError names one that is missing, no image or cut off."""
         path = self.folder / self.names[index]
         with self._opened(path) as picture:
             try:
@@ -140,11 +132,7 @@ class FilePool:
         )
 
     def stamps(self) -> list[str]:
-        """Return name, bytes and time of change of every file.
-
-        Raises:
-            UsageError: a file is missing; names the first and says how many.
-        """
+        """Return name, bytes and time of change of every file; UsageError if one is missing."""
         found, missing = [], []
         for name in self.names:
             try:

@@ -37,15 +37,11 @@ CROP = 224
 
 @dataclass(frozen=True, slots=True)
 class InputSpeed:
-    """What was measured."""
+    """What was measured; of the DataLoader and of `Batches` images a second, one figure a round."""
 
     images: int
     loader: list[float]
-    """Images a second of Pillow and DataLoader, one figure a round."""
-
     ours: list[float]
-    """Images a second of `Batches`, one figure a round."""
-
     build_seconds: float
     """Seconds to decode and resize all images once into the cache, start of processes included."""
 
@@ -152,8 +148,8 @@ def measure_input(
             persistent_workers=workers > 0,
         )
         # The DataLoader's processes start once; torch's import is not its speed.
-        _finish(iter(loader), device)
-        _finish(_pairs(batches, 0), device)
+        _seconds(lambda: iter(loader), device)
+        _seconds(lambda: _pairs(batches, 0), device)
         theirs, ours = [], []
         for number in range(rounds):
             theirs.append(images / _seconds(lambda: iter(loader), device))
@@ -167,18 +163,14 @@ def _pairs(batches: Batches, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _seconds(start: Callable[[], Iterable[tuple[Tensor, Tensor]]], device: str) -> float:
+    """Bring all batches to the device, wait for them, and return how long that took."""
     begun = time.perf_counter()
-    _finish(start(), device)
-    return time.perf_counter() - begun
-
-
-def _finish(pairs: Iterable[tuple[Tensor, Tensor]], device: str) -> None:
-    """Bring all batches to the device and wait for them."""
-    for images, labels in pairs:
+    for images, labels in start():
         images.to(device, non_blocking=True)
         labels.to(device, non_blocking=True)
     if device != "cpu":
         torch.accelerator.synchronize()
+    return time.perf_counter() - begun
 
 
 def describe(speed: InputSpeed) -> str:

@@ -1,15 +1,15 @@
 """Open a split of a dataset under a protocol: which images, which labels, and by what rule."""
 
-import difflib
 import random
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from ...checks import did_you_mean
 from ...cli import UsageError, require
 from .own_folder import read_own
 from .pools import FilePool, Listing, Pool
@@ -96,8 +96,7 @@ def read_listing(name: str, root: Path) -> Listing:
 
 def require_dataset(name: str, names: Sequence[str]) -> None:
     """Raise UsageError, with the nearest name, unless it is one of `names`."""
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else "check the spelling"
+    hint = did_you_mean(name, names, "check the spelling")
     require(name in names, "dataset", repr(name), f"one of {', '.join(names)}", hint)
 
 
@@ -178,7 +177,7 @@ def open_split(
         "classes": len(listing.class_names),
     }
     if name in TASKS and isinstance(pool, FilePool):
-        record["source"] = source_kind(pool, TASKS[name], source).to_json()
+        record["source"] = asdict(source_kind(pool, TASKS[name], source))
     if dataset is not None:
         expected, classes = expected_images(dataset, split, protocol), len(listing.class_names)
         record["expected_images"] = expected

@@ -129,7 +129,6 @@ def verify(
     root: Path,
     *,
     images: bool = True,
-    expected: Dataset | None = None,
     cache: Path | None = None,
     progress: ImagesProgress | None = None,
 ) -> Verification:
@@ -139,7 +138,6 @@ def verify(
         name: one of `splits.NAMES`; a folder of one's own has no expected counts.
         root: as for `open_split`.
         images: decode every image; else only see that its file is there.
-        expected: what to compare with; None: the registry.
         cache: folder for caches; None: `default_cache`.
         progress: gets images done and all images.
 
@@ -151,7 +149,7 @@ def verify(
         UsageError: no such dataset.
     """
     require_dataset(name, NAMES)
-    expected = expected or DATASETS.get(name)
+    expected = DATASETS.get(name)
     found = Verification(name)
     try:
         listing = read_listing(name, root)

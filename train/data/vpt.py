@@ -55,10 +55,8 @@ def read_splits(folder: Path, images: str, class_names: list[str]) -> Listing:
         values[split] = list(found.values())
         if not found or not all(isinstance(value, str | int) for value in values[split]):
             raise unusable(path, "something else", "image names, each with its class")
-    shared = set(names["train"]) & set(names["val"]) | {
-        name for name in names["test"] if name in {*names["train"], *names["val"]}
-    }
-    if shared:
+    train, val, test = (set(names[split]) for split in SPLITS)
+    if shared := train & val | test & (train | val):
         raise unusable(folder, f"{min(shared)} in two of the split files", "each image in one")
     classes = {value: label for label, value in enumerate(_in_order(folder, values["train"]))}
     if len(classes) != len(class_names):

@@ -6,7 +6,7 @@ copies are not comparable with published ones, so every run records what it read
 
 import functools
 import io
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -124,10 +124,6 @@ class SourceKind:
     are JPEG files too."""
 
     reason: str
-
-    def to_json(self) -> dict[str, str]:
-        """Return what a run records."""
-        return asdict(self)
 
 
 def source_kind(pool: FilePool, task: VTABTask, stated: Stated = "auto") -> SourceKind:

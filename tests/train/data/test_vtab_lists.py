@@ -2,6 +2,7 @@
 
 import csv
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ def test_the_tasks_are_those_of_the_benchmark() -> None:
         "specialized": 4,
         "structured": 8,
     }
+    assert {TASKS[name].group for name in ONE_PER_GROUP} == set(GROUPS)
     assert len({task.folder for task in TASKS.values()}) == 19
     assert SEEDS == (42, 44, 82, 100, 800)
     for name, dataset in VTAB.items():
@@ -135,7 +137,7 @@ def test_lossless_files_are_taken_for_the_originals(tmp_path) -> None:
 def test_jpeg_files_of_lossless_originals_are_copies(tmp_path) -> None:
     folder = write_task("vtab-svhn", tmp_path, kind="jpg")
     found = source_kind(read_vtab(folder, TASKS["vtab-svhn"]).pools["test"], TASKS["vtab-svhn"])
-    assert found.to_json() == {
+    assert asdict(found) == {
         "kind": "jpeg",
         "reason": "12 of 12 files looked at are lossy, the originals are not",
     }
