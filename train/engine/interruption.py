@@ -50,11 +50,11 @@ def noted() -> Iterator[Requests]:
 
 
 @contextmanager
-def raised() -> Iterator[None]:
-    """Raise Interrupted for every signal, wherever the main thread is."""
+def raised(text: str = "") -> Iterator[None]:
+    """Raise Interrupted, with a text, for every signal, wherever the main thread is."""
 
     def interrupt(number: int) -> None:
-        raise Interrupted(number)
+        raise Interrupted(number, text)
 
     with _handled(interrupt):
         yield

@@ -18,7 +18,7 @@ from ..recipes.recipe import Recipe, recipe
 from ..recipes.rows import METHODS
 from ..report.paper import ROWS
 from .method_costs import MethodCost, method_cost
-from .search_grid import published
+from .search import published
 
 OWN_TESTS = "tests of its formulas, sizes and initial values alone"
 """Verification of a method whose row names no other."""

@@ -1,23 +1,104 @@
 """`tcpa-train search`: one run for each pair of a grid, and the choice among them."""
 
+import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from ...cli import UsageError
+from ..data.vtab_tasks import VTAB
 from ..engine.folder import LOG
-from ..engine.interruption import Interrupted, raised
+from ..engine.interruption import raised
 from ..options.search import SearchConfig
 from ..recipes.choices import Choice, choice_path, conditions_of, write_choice
+from ..recipes.recipe import SCRIPTS, Recipe, decompose
+from ..recipes.rows import METHODS
 from ..recipes.runspec import resolve
+from ..report.tables import NONE, TextTable, to_grid
 from ..storage import read_json, write_json
-from .search_grid import Grid, grid_of
-from .sweep import Job, carry_out, devices_of, look_at
+from .scheduler import Job, carry_out, devices_of, look_at
+
+ONLY_VTAB = 0.05
+"""Lowest rate of VPT's SGD grid, which it adds for VTAB-1k."""
+
+OWN = "given by hand"
+
+
+@dataclass(frozen=True, slots=True)
+class SearchGrid:
+    """What is tried."""
+
+    learning_rates: tuple[float, ...]
+    """Peaks of the schedule at the recipe's batch size, ascending."""
+
+    weight_decays: tuple[float, ...]
+    """Ascending."""
+
+    source: str
+    """Who published it."""
+
+    def pairs(self) -> Iterator[tuple[float, float]]:
+        """Yield every rate with every decay."""
+        yield from product(self.learning_rates, self.weight_decays)
+
+
+def grid_of(config: SearchConfig, usual: Recipe) -> SearchGrid:
+    """Return the grid of a search.
+
+    Args:
+        config: may give rates, decays or both.
+        usual: the recipe, whose grid is taken where none is given.
+
+    Raises:
+        UsageError: nobody has published a grid for the method, and none was given.
+    """
+    rates, decays, source = published(usual)
+    if not rates and config.learning_rates is None:
+        raise _unpublished(usual, "--learning-rates")
+    if not decays and config.weight_decays is None:
+        raise _unpublished(usual, "--weight-decays")
+    asked = {"rates": config.learning_rates, "decays": config.weight_decays}
+    given = [name for name, values in asked.items() if values is not None]
+    if given:
+        source = OWN if len(given) == 2 else f"{source}; {given[0]} {OWN}"
+    return SearchGrid(
+        tuple(sorted(config.learning_rates or rates)),
+        tuple(sorted(decays if config.weight_decays is None else config.weight_decays)),
+        source,
+    )
+
+
+def published(usual: Recipe) -> tuple[list[float], list[float], str]:
+    """Return the rates at the batch size and the decays that a search tries, and their source.
+
+    Both are empty where the method's source publishes no grid.
+    """
+    row, _ = decompose(usual.method)
+    if METHODS[row].training is None:
+        rates = {script.learning_rate for script in SCRIPTS.values()}
+        decays = {script.weight_decay for script in SCRIPTS.values()}
+        told = "values of the official TCPA scripts; no grid is published"
+        return sorted(rates), sorted(decays), told
+    scale = usual.batch_size / usual.rate_batch if usual.rate_batch else 1.0
+    rates = [
+        rate * scale
+        for rate in usual.learning_rate_grid
+        if rate != ONLY_VTAB or usual.dataset in VTAB
+    ]
+    return rates, list(usual.weight_decay_grid), f"grid of {usual.source}"
+
+
+def _unpublished(usual: Recipe, option: str) -> UsageError:
+    return UsageError(
+        f"{option}: got none for {usual.method}, expected values, as its source publishes no grid; "
+        f"the recipe has a peak rate of {usual.peak_rate:g} and a decay of {usual.weight_decay:g}"
+    )
+
 
 DIVERGED = "diverged.json"
 """Beside the choice: trials whose loss was not finite, which no further attempt would change."""
@@ -32,7 +113,7 @@ RULE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class SearchTrial:
     """One pair of the grid."""
 
     rate: float
@@ -55,7 +136,7 @@ def search(config: SearchConfig) -> Choice | None:
     """
     grid = grid_of(config, resolve(config.trial()))
     trials = [
-        Trial(rate, decay, Job(run, resolve(run)))
+        SearchTrial(rate, decay, Job(run, resolve(run)))
         for rate, decay in grid.pairs()
         for run in [config.trial(rate, decay)]
     ]
@@ -74,15 +155,12 @@ def search(config: SearchConfig) -> Choice | None:
         f"time on {', '.join(map(str, devices))}",
         soft_wrap=True,
     )
-    try:
-        with raised():
-            failed = damaged + carry_out(left, devices, console)
-    except Interrupted as ended:
-        text = "stopped; the same command goes on with the trials that are not finished"
-        raise Interrupted(ended.number, text) from None
+    with raised("stopped; the same command goes on with the trials that are not finished"):
+        failed = damaged + carry_out(left, devices, console)
     failed = diverged.take(failed)
     accuracies = {t.name: found["accuracy"] for t in trials if (found := _result(t)) is not None}
-    console.print(_table(grid, trials, accuracies, diverged))
+    shown = _table(grid, trials, accuracies, diverged)
+    console.print(to_grid(shown, shown.title))
     if failed:
         first, reason = failed[0]
         raise UsageError(
@@ -100,7 +178,7 @@ def search(config: SearchConfig) -> Choice | None:
     return choice
 
 
-def _result(trial: Trial) -> dict[str, Any] | None:
+def _result(trial: SearchTrial) -> dict[str, Any] | None:
     try:
         return trial.job.result()
     except UsageError:
@@ -111,7 +189,7 @@ def _result(trial: Trial) -> dict[str, Any] | None:
 class _Diverged:
     """The trials whose loss was not finite, in a file, each with what decided it."""
 
-    def __init__(self, config: SearchConfig, trials: Sequence[Trial]) -> None:
+    def __init__(self, config: SearchConfig, trials: Sequence[SearchTrial]) -> None:
         self._trials = {trial.name: trial for trial in trials}
         method = trials[0].job.spec.method
         self._path = choice_path(config.output, config.dataset, method).with_name(DIVERGED)
@@ -123,7 +201,7 @@ class _Diverged:
             if name in self._trials and description == self._description(name)
         }
 
-    def __contains__(self, trial: Trial) -> bool:
+    def __contains__(self, trial: SearchTrial) -> bool:
         return trial.name in self._known
 
     def take(self, failed: list[tuple[Job, str]]) -> list[tuple[Job, str]]:
@@ -141,13 +219,7 @@ class _Diverged:
     def _description(self, name: str) -> Any:
         job = self._trials[name].job
         # As it is read from a file: JSON has no tuples.
-        return _as_json(job.spec.describe())
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _as_json(item) for name, item in value.items()}
-    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value
+        return json.loads(json.dumps(job.spec.describe()))
 
 
 def _last_attempt(job: Job) -> str:
@@ -160,7 +232,10 @@ def _last_attempt(job: Job) -> str:
 
 
 def _choose(
-    config: SearchConfig, grid: Grid, trials: Sequence[Trial], accuracies: dict[str, float]
+    config: SearchConfig,
+    grid: SearchGrid,
+    trials: Sequence[SearchTrial],
+    accuracies: dict[str, float],
 ) -> Choice:
     finite = [trial for trial in trials if trial.name in accuracies]
     if not finite:
@@ -180,7 +255,7 @@ def _choose(
         epochs=spec.epochs,
         grid=grid.source,
         rule=RULE,
-        conditions=_as_json(conditions_of(spec.describe())),
+        conditions=json.loads(json.dumps(conditions_of(spec.describe()))),
         trials=[
             {
                 "learning_rate": trial.rate,
@@ -194,19 +269,22 @@ def _choose(
 
 
 def _table(
-    grid: Grid, trials: Sequence[Trial], accuracies: dict[str, float], diverged: _Diverged
-) -> Table:
+    grid: SearchGrid,
+    trials: Sequence[SearchTrial],
+    accuracies: dict[str, float],
+    diverged: _Diverged,
+) -> TextTable:
     """Return the accuracies, a line for each rate."""
-    shown = Table(title="Accuracy on the validation images, %")
-    shown.add_column("learning rate")
-    for decay in grid.weight_decays:
-        shown.add_column(f"decay {decay:g}", justify="right")
-    for rate in grid.learning_rates:
-        cells = []
-        for trial in trials:
-            if trial.rate == rate:
-                found = accuracies.get(trial.name)
-                missing = "not finite" if trial in diverged else "-"
-                cells.append(missing if found is None else f"{found:.2f}")
-        shown.add_row(f"{rate:g}", *cells)
-    return shown
+
+    def cell(trial: SearchTrial) -> str:
+        missing = "not finite" if trial in diverged else NONE
+        return f"{accuracies[trial.name]:.2f}" if trial.name in accuracies else missing
+
+    return TextTable(
+        title="Accuracy on the validation images, %",
+        header=["learning rate", *(f"decay {decay:g}" for decay in grid.weight_decays)],
+        rows=[
+            [f"{rate:g}", *(cell(trial) for trial in trials if trial.rate == rate)]
+            for rate in grid.learning_rates
+        ],
+    )

@@ -20,7 +20,7 @@ from ...demo.methods import PROMPTS, DemoMethod, chosen_methods
 from ...demo.session import DemoProgress
 from ...demo.training import DemoOutcome, DemoTask, run_tasks
 from ...engine.folder import brief, differences
-from ...engine.interruption import Interrupted, raised
+from ...engine.interruption import raised
 from ...options.ablate import DEMO, AblateConfig
 from ...options.demo import EPOCHS
 from ...storage import read_json, write_json
@@ -57,12 +57,8 @@ def train(
             else:
                 found[name, seed] = known
     if left:
-        try:
-            with raised():
-                _train(config, left, found)
-        except Interrupted as ended:
-            text = "stopped; the same command goes on with the runs that are not finished"
-            raise Interrupted(ended.number, text) from None
+        with raised("stopped; the same command goes on with the runs that are not finished"):
+            _train(config, left, found)
     return found, []
 
 

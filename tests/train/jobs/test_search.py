@@ -15,9 +15,9 @@ from vtab_trees import write_task
 from tcpa.cli import UsageError
 from tcpa.train.__main__ import main
 from tcpa.train.jobs import search as command
-from tcpa.train.jobs.search import DIVERGED, search
-from tcpa.train.jobs.search_grid import grid_of
-from tcpa.train.jobs.sweep import PROGRAM, Job, jobs_of
+from tcpa.train.jobs.scheduler import PROGRAM, Job
+from tcpa.train.jobs.search import DIVERGED, grid_of, search
+from tcpa.train.jobs.sweep import jobs_of
 from tcpa.train.options.run import RunConfig, SweepConfig
 from tcpa.train.options.search import SearchConfig
 from tcpa.train.recipes.choices import CHOICE, Choice, read_choice

@@ -16,13 +16,18 @@ from train_runs import make_config, make_splits
 
 import tcpa
 from tcpa.cli import UsageError
+from tcpa.train.data.vtab_tasks import GROUPS, SEEDS, TASKS
 from tcpa.train.engine.folder import CONFIG, RESULT
 from tcpa.train.engine.interruption import Interrupted
+from tcpa.train.jobs import scheduler
 from tcpa.train.jobs import sweep as sweeping
 from tcpa.train.jobs.run import run
-from tcpa.train.jobs.sweep import Conflict, arguments, jobs_of, sweep
+from tcpa.train.jobs.scheduler import Conflict, Job, arguments
+from tcpa.train.jobs.sweep import jobs_of, plan, sweep
 from tcpa.train.options.run import RunConfig, SweepConfig
+from tcpa.train.recipes.rows import METHODS
 from tcpa.train.recipes.runspec import resolve
+from tcpa.train.report.paper import ROWS, table1, table2
 from tcpa.train.storage import read_json
 
 OPTIONS = {"device": "cpu", "backbone": "test_vit", "weights": "none", "epochs": 1}
@@ -52,10 +57,10 @@ def stand_in(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
-    monkeypatch.setattr(sweeping, "PROGRAM", (sys.executable, str(script)))
+    monkeypatch.setattr(scheduler, "PROGRAM", (sys.executable, str(script)))
     # It leaves none of the files that a result is checked against.
-    monkeypatch.setattr(sweeping, "saved_description", lambda folder: None)
-    monkeypatch.setattr(sweeping, "finished_result", lambda folder: read_json(folder / RESULT))
+    monkeypatch.setattr(scheduler, "saved_description", lambda folder: None)
+    monkeypatch.setattr(scheduler, "finished_result", lambda folder: read_json(folder / RESULT))
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +83,55 @@ def test_hta_stands_for_the_ten_datasets():
     assert len({job.folder for job in jobs}) == len(jobs)
     assert jobs[0].folder == Path("runs/svhn/linear/official-seed1")
 
+
+# What names stand for.
+
+
+def test_table1_is_every_row_on_every_dataset():
+    found = plan(("table1",), None, None)
+    methods = list(dict.fromkeys(method for _, method, _ in found))
+    assert {ROWS[method] for method in methods} == set(table1())
+    assert len(methods) == 20, "one method a row"
+    assert found == [(d, m, 3407) for d in tcpa.HTA_DATASETS for m in methods]
+
+
+def test_table2_is_every_row_on_every_task_with_five_seeds():
+    found = plan(("table2",), None, None)
+    methods = list(dict.fromkeys(method for _, method, _ in found))
+    assert {ROWS[method] for method in methods} == set(table2()) and len(methods) == 9
+    assert found == [(d, m, s) for d in TASKS for m in methods for s in SEEDS]
+
+
+def test_options_go_before_what_a_name_stands_for():
+    found = plan(("table2",), ("linear",), (1, 2))
+    assert found == [(dataset, "linear", seed) for dataset in TASKS for seed in (1, 2)]
+    assert plan(("hta",), None, None)[0] == ("dtd", "vfpt+tcpa", 3407)
+    both = plan(("table1", "hta"), None, None)
+    assert both == plan(("table1",), None, None), "nothing twice"
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_groups_stand_for_their_tasks(group):
+    found = plan((f"vtab-{group}",), ("linear",), (1,))
+    assert [dataset for dataset, _, _ in found] == list(GROUPS[group])
+    assert {m for m in METHODS if m not in ROWS} == {"gated-prompt", "vpt-shallow"}
+
+
+def test_each_dataset_has_its_protocol():
+    jobs = jobs_of(SweepConfig(datasets=("table2", "dtd"), methods=("linear",)))
+    protocols = {job.config.dataset: job.config.protocol for job in jobs}
+    assert protocols == dict.fromkeys(TASKS, "last") | {"dtd": "official"}
+    assert len({job.folder for job in jobs}) == len(jobs) == 19 * 5 + 1
+
+
+def test_unknown_names_are_told():
+    with pytest.raises(UsageError, match=r"DATASETS: got 'table3', .*; did you mean table"):
+        plan(("table3",), None, None)
+    with pytest.raises(UsageError, match=r"got 'vtab-dtdd', expected hta, dtd, .*mean vtab-dtd\?"):
+        plan(("vtab-dtdd",), None, None)
+
+
+# Command lines.
 
 CONFIGS = {
     "defaults": RunConfig(dataset="cub"),
@@ -173,14 +227,14 @@ def test_a_failed_run_stops_no_other_and_is_repeated(stand_in, tmp_path, capsys)
 
 def test_runs_of_another_configuration_are_no_results(tmp_path):
     config = make_config(tmp_path)
-    job = sweeping.Job(config, resolve(config))
+    job = Job(config, resolve(config))
     assert job.result() is None
     accuracy = run(config, make_splits()).accuracy
     found = job.result()
     assert found is not None and found["accuracy"] == accuracy
     other = replace(config, epochs=7)
     with pytest.raises(Conflict, match=r"recipe.epochs: got 7, expected 2 as in .*config.json"):
-        sweeping.Job(other, resolve(other)).result()
+        Job(other, resolve(other)).result()
 
 
 DAMAGES = {
@@ -220,7 +274,7 @@ def test_a_damaged_run_is_named_and_the_others_are_carried_out(
 
 
 def test_every_gpu_has_one_job_at_a_time(stand_in, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeping, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(scheduler, "choose_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     options = OPTIONS | {"device": "auto"}
@@ -274,7 +328,7 @@ def test_an_interruption_leaves_no_process_behind(stand_in, tmp_path, monkeypatc
             time.sleep(0.01)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweeping, "as_completed", interrupted)
+    monkeypatch.setattr(scheduler, "as_completed", interrupted)
     config = SweepConfig(datasets=("dtd", "cub"), output=tmp_path / "runs", **OPTIONS)
     with pytest.raises(KeyboardInterrupt):
         sweep(config)
@@ -320,7 +374,7 @@ def signals(number, count):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_runs_may_save_when_a_sweep_is_stopped(number, stand_in, tmp_path, monkeypatch, capsys):
     Path("stand_in.py").write_text(SAVING)
-    monkeypatch.setattr(sweeping, "as_completed", signals(number, 1))
+    monkeypatch.setattr(scheduler, "as_completed", signals(number, 1))
     before = signal.getsignal(number)
     with pytest.raises(Interrupted, match="the same command goes on with the runs") as caught:
         sweep(SweepConfig(datasets=("dtd", "cub"), output=tmp_path / "runs", **OPTIONS))
@@ -334,7 +388,7 @@ def test_runs_may_save_when_a_sweep_is_stopped(number, stand_in, tmp_path, monke
 def test_a_second_signal_ends_the_runs_at_once(stand_in, tmp_path, monkeypatch):
     Path("stand_in.py").write_text(SAVING)
     Path("deaf").touch()
-    monkeypatch.setattr(sweeping, "as_completed", signals(signal.SIGINT, 2))
+    monkeypatch.setattr(scheduler, "as_completed", signals(signal.SIGINT, 2))
     start = time.monotonic()
     with pytest.raises(Interrupted):
         sweep(SweepConfig(datasets=("dtd", "cub"), output=tmp_path / "runs", **OPTIONS))
