@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -133,23 +133,6 @@ class AblateConfig(TrainOptions):
         shared = {name: getattr(self, name) for name in TrainOptions.__dataclass_fields__}
         dataset = "cub" if self.recipe == DEMO else self.recipe
         return RunConfig(dataset=dataset, method=self.base_method, seed=seed, **shared)
-
-    def words(self, *, cell: str, seed: int) -> list[str]:
-        """Return the command-line arguments of one run."""
-        one = replace(self, cells=(cell,), seeds=(seed,), print_jobs=False)
-        words = [one.recipe]
-        for field in fields(one):
-            value = getattr(one, field.name)
-            if field.name == "recipe" or value == field.default:
-                continue
-            option = f"--{field.name.replace('_', '-')}"
-            if isinstance(value, bool):
-                words.append(option if value else option.replace("--", "--no-", 1))
-            elif isinstance(value, tuple):
-                words += [option, *map(str, value)]
-            else:
-                words += [option, str(value)]
-        return words
 
 
 def _require_values(option: str, values: tuple | None) -> None:

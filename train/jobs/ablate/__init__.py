@@ -1,4 +1,4 @@
 """Ablations: what each part of TCPA brings, on a dataset or on the demo's digits.
 
-`studies` lists what is varied, `digits` and `datasets` train it, `tables` and `figures` show it.
+`studies` lists what is varied, `runs` trains it, `tables` and `figures` show it.
 """

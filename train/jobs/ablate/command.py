@@ -7,23 +7,25 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+
+from tcpa.inspect.style import to_png
 
 from ....cli import UsageError, choose_device, require
 from ...demo.session import provenance
 from ...engine.inputs import Splits
-from ...options.ablate import DEMO, AblateConfig
-from ...storage import cannot_write, write_whole
-from . import datasets, digits
-from .figures import draw_study, save
-from .measured import Runs, Summary, summarise
+from ...options.ablate import AblateConfig
+from ...report.tables import to_grid
+from ...storage import write_whole
+from ..scheduler import arguments
+from .figures import draw_study
+from .runs import Runs, base_prompts, train
 from .studies import Study, make_studies, only, shown_name
-from .tables import cells, conclusions, csv_text, headings, markdown, notes
+from .tables import SettingSummary, conclusions, csv_text, markdown, notes, summarise, table_of
 
 PROGRAM = (sys.executable, "-m", "tcpa.train", "ablate")
 
 
-def ablate(config: AblateConfig, splits: Splits | None = None) -> dict[str, list[Summary]]:
+def ablate(config: AblateConfig, splits: Splits | None = None) -> dict[str, list[SettingSummary]]:
     """Carry out all runs that are not finished and write the tables; return them by study.
 
     Args:
@@ -39,20 +41,16 @@ def ablate(config: AblateConfig, splits: Splits | None = None) -> dict[str, list
     require(size == "1", "WORLD_SIZE", size, "one process", alone)
     if config.quick:
         config = replace(config, seeds=config.seeds[:1])
-    demo = config.recipe == DEMO
-    base = digits.base_prompts() if demo else datasets.base_prompts(config)
-    studies = make_studies(config, base)
+    studies = make_studies(config, base_prompts(config))
     settings = only(studies, config.cells)
     if config.print_jobs:
         for name in settings:
             for seed in config.seeds:
-                print(shlex.join([*PROGRAM, *config.words(cell=shown_name(name), seed=seed)]))
+                one = replace(config, cells=(shown_name(name),), seeds=(seed,), print_jobs=False)
+                print(shlex.join([*PROGRAM, *arguments(one)]))
         return {}
     _require_folder(config.output / config.recipe)
-    if demo:
-        runs, failures = digits.train(config, settings)
-    else:
-        runs, failures = datasets.train(config, settings, splits)
+    runs, failures = train(config, settings, splits)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     found = {} if config.cells else _write(config, studies, runs, console)
     if failures:
@@ -76,35 +74,25 @@ def _require_folder(folder: Path) -> None:
 
 def _write(
     config: AblateConfig, studies: list[Study], runs: Runs, console: Console
-) -> dict[str, list[Summary]]:
-    seeds = config.seeds
+) -> dict[str, list[SettingSummary]]:
     shared = notes(config, provenance(choose_device(config.device)))
-    found: dict[str, list[Summary]] = {}
+    title = f"{config.recipe}, {config.base_method}, protocol {config.protocol}"
+    found: dict[str, list[SettingSummary]] = {}
     for study in studies:
-        summaries = found[study.name] = summarise(study.settings, seeds, runs)
+        summaries = found[study.name] = summarise(study.settings, config.seeds, runs)
+        lines = conclusions(study, summaries, len(config.seeds))
+        picture = to_png(draw_study(study, summaries, config.seeds, title))
         target = config.output / config.recipe / study.name
-        try:
-            text = markdown(study, summaries, [*conclusions(study, summaries, len(seeds)), *shared])
-            write_whole(target.with_suffix(".md"), text.encode())
-            write_whole(target.with_suffix(".csv"), csv_text(config, study, summaries).encode())
-            title = f"{config.recipe}, {config.base_method}, protocol {config.protocol}"
-            save(draw_study(study, summaries, seeds, title), target.with_suffix(".png"))
-        except OSError as error:
-            raise cannot_write(target, error) from None
-        _print(console, study, summaries, conclusions(study, summaries, len(seeds)))
+        write_whole(
+            target.with_suffix(".md"), markdown(study, summaries, [*lines, *shared]).encode()
+        )
+        write_whole(target.with_suffix(".csv"), csv_text(config, study, summaries).encode())
+        write_whole(target.with_suffix(".png"), picture)
+        console.print(to_grid(table_of(study, summaries), study.title))
+        for line in lines:
+            console.print(f"- {line}")
     for line in shared:
         console.print(f"- {line}")
     where, names = config.output / config.recipe, ", ".join(study.name for study in studies)
     console.print(f"{where} holds .md, .csv and .png of {names}.", soft_wrap=True)
     return found
-
-
-def _print(console: Console, study: Study, found: list[Summary], lines: list[str]) -> None:
-    table = Table(title=study.title)
-    for index, heading in enumerate(headings(study)):
-        table.add_column(heading, justify="left" if index == 0 else "right")
-    for one in found:
-        table.add_row(*cells(study, one))
-    console.print(table)
-    for line in lines:
-        console.print(f"- {line}")

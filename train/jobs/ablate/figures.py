@@ -1,24 +1,24 @@
 """A picture of a study: validation accuracies as a heat map."""
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 
-from ...storage import write_whole
-from .measured import Summary, mean, spread
+from tcpa.inspect.style import panel, styled
+
 from .studies import Study
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .tables import SettingSummary, mean, spread
 
 COLOURS = "cividis"
 MISSING = "#e0e0e0"
 
 
-def draw_study(study: Study, found: Sequence[Summary], seeds: Sequence[int], title: str):
+@styled
+def draw_study(
+    study: Study, found: Sequence[SettingSummary], seeds: Sequence[int], title: str
+) -> Figure:
     """Draw a grid of means, or for one thing that is varied every seed beside the mean.
 
     Args:
@@ -51,17 +51,12 @@ def _draw(
     cells: list[list[tuple[float, ...]]],
     axis: str,
     title: str,
-) -> "Figure":
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
+) -> Figure:
     means = [[mean(values) for values in line] for line in cells]
     values = np.array([[np.nan if m is None else m for m in line] for line in means])
     longest = max(map(len, rows))
     size = (1.05 * len(columns) + 0.09 * longest + 2.8, 0.55 * len(rows) + 1.9)
-    figure = Figure(figsize=(max(size[0], 0.075 * max(map(len, title.split("\n")))), size[1]))
-    figure.set_layout_engine("constrained")
-    axes = figure.subplots()
+    figure, axes = panel((max(size[0], 0.075 * max(map(len, title.split("\n")))), size[1]))
     shades = colormaps[COLOURS].with_extremes(bad=MISSING)
     shown = axes.imshow(np.ma.masked_invalid(values), cmap=shades, aspect="auto")
     middle = sum(shown.get_clim()) / 2
@@ -83,15 +78,3 @@ def _text(values: tuple[float, ...]) -> str:
     deviation = spread(values)
     text = f"{mean(values):.1f}"
     return text if deviation is None else f"{text}\n± {deviation:.1f}"
-
-
-def save(figure: "Figure", path: Path) -> None:
-    """Write a figure as PNG, without touching the user's matplotlib state."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
-    data = io.BytesIO()
-    with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
-        figure.savefig(data, format="png", dpi=140)
-    write_whole(path, data.getvalue())

@@ -7,14 +7,12 @@ method leave open or the official code decides otherwise (the others).
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import tcpa
 
 from ....cli import UsageError, require
 from ...options.ablate import DEMO, AblateConfig
-
-Prompts = tcpa.TCPAConfig | tcpa.VPTConfig
 
 VPT = "vpt"
 
@@ -22,7 +20,7 @@ TOP_KS = (1, 2, 5, 10, 20)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Setting:
+class StudySetting:
     """One cell of a study."""
 
     row: str
@@ -32,7 +30,7 @@ class Setting:
     name: str
     """What differs from the start of the studies, as a name: "" for nothing. Settings of several
     studies with one name are one run."""
-    prompts: Prompts
+    prompts: tcpa.PromptConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +43,7 @@ class Study:
     """What the rows are, with its unit."""
     columns: str = ""
     """What the columns are, with its unit; "" where only one thing is varied."""
-    settings: tuple[Setting, ...]
+    settings: tuple[StudySetting, ...]
 
     @property
     def is_grid(self) -> bool:
@@ -53,7 +51,7 @@ class Study:
         return bool(self.columns)
 
 
-def make_studies(config: AblateConfig, base: Prompts | object) -> list[Study]:
+def make_studies(config: AblateConfig, base: tcpa.PromptConfig | None) -> list[Study]:
     """Return the studies that were asked for.
 
     Args:
@@ -64,18 +62,18 @@ def make_studies(config: AblateConfig, base: Prompts | object) -> list[Study]:
         UsageError: these prompts are not TCPA's, or a value does not fit them.
     """
     got, expected = f"{config.base_method!r}", "a row with TCPA, whose parts can be varied"
-    require(isinstance(base, tcpa.TCPAConfig), "--method", got, expected, "vpt+tcpa for instance")
-    assert isinstance(base, tcpa.TCPAConfig)
+    usable = base is not None and base.has("coordination")
+    require(usable, "--method", got, expected, "vpt+tcpa for instance")
     found = []
     for name in config.study:
         try:
-            found.append(_MAKERS[name](config, base))
+            found.append(_MAKERS[name](config, cast(tcpa.TCPAConfig, base)))
         except ValueError as error:
             raise UsageError(f"--study {name}: {error}") from None
     return found
 
 
-def only(studies: Sequence[Study], names: Iterable[str] | None) -> dict[str, Setting]:
+def only(studies: Sequence[Study], names: Iterable[str] | None) -> dict[str, StudySetting]:
     """Return the settings of all studies by name, each once.
 
     Args:
@@ -106,23 +104,16 @@ def label(name: str, method: str) -> str:
     return f"{method}.{name}" if name else method
 
 
-def _setting(base: tcpa.TCPAConfig, row: object, column: object = "", **changes: Any) -> Setting:
-    """Return a setting that changes fields of the start."""
+def _setting(
+    base: tcpa.TCPAConfig, row: object, column: object = "", **changes: Any
+) -> StudySetting:
+    """Return a setting that changes fields of the start, named after what differs."""
     prompts = replace(base, **changes)
-    return _named(base, prompts, str(row), str(column))
-
-
-def _named(base: tcpa.TCPAConfig, prompts: Prompts, row: str, column: str = "") -> Setting:
-    if isinstance(prompts, tcpa.VPTConfig):
-        name = VPT
-    else:
-        different = [
-            f.name for f in fields(base) if getattr(prompts, f.name) != getattr(base, f.name)
-        ]
-        parts = [f"{field}-{_shown(getattr(prompts, field))}" for field in different]
-        # An underscore would separate the choices of a method.
-        name = ".".join(parts).replace("_", "-")
-    return Setting(row=row, column=column, name=name, prompts=prompts)
+    different = [f.name for f in fields(base) if getattr(prompts, f.name) != getattr(base, f.name)]
+    parts = [f"{field}-{_shown(getattr(prompts, field))}" for field in different]
+    # An underscore would separate the choices of a method.
+    name = ".".join(parts).replace("_", "-")
+    return StudySetting(row=str(row), column=str(column), name=name, prompts=prompts)
 
 
 def _shown(value: object) -> str:
@@ -130,28 +121,23 @@ def _shown(value: object) -> str:
 
 
 def _components(config: AblateConfig, base: tcpa.TCPAConfig) -> Study:
-    # What TCPA's official scripts add besides is no part of it, and VPT has none of it.
-    bare = replace(base, image_prompt=False, value_affine=False, simam=False, token_noise=0.0)
     fourier = base.prompt_transform == "fourier"
     vpt = tcpa.VPTConfig(
         length=base.num_prompts,
         fourier_fraction=1.0 if fourier else 0.0,
         dropout=base.prompt_dropout,
-        init="uniform",
+        # xavier is that of the demo.
+        init="xavier" if config.recipe == DEMO else "uniform",
     )
-    if config.recipe == DEMO:
-        # That of the demo: xavier.
-        vpt = replace(vpt, init="xavier")
+    # What TCPA's official scripts add besides is no part of it, and VPT has none of it.
+    bare = {"image_prompt": False, "value_affine": False, "simam": False, "token_noise": 0.0}
     plain = "VFPT" if fourier else "VPT"
-    steps = (vpt, replace(bare, coordination="role"), replace(bare, coordination="token"))
-    names = (plain, f"{plain} + R-TCPA", f"{plain} + R-TCPA + T-TCPA")
-    settings = [_named(base, prompts, name) for prompts, name in zip(steps, names, strict=True)]
-    return Study(
-        name="components",
-        title="Components",
-        rows="components",
-        settings=tuple(settings),
+    settings = (
+        StudySetting(row=plain, name=VPT, prompts=vpt),
+        _setting(base, f"{plain} + R-TCPA", coordination="role", **bare),
+        _setting(base, f"{plain} + R-TCPA + T-TCPA", coordination="token", **bare),
     )
+    return Study(name="components", title="Components", rows="components", settings=settings)
 
 
 def _pools(config: AblateConfig, base: tcpa.TCPAConfig) -> Study:

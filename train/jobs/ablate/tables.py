@@ -1,18 +1,18 @@
 """The table of a study: Markdown for readers, CSV for programs."""
 
-import csv
-import io
 import itertools
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ...options.ablate import DEMO, AblateConfig
-from .measured import Summary, mean, spread
-from .studies import Study, shown_name
+from ...report.tables import TextTable, formatted, to_csv, to_markdown
+from .runs import AblationResult, Runs
+from .studies import Study, StudySetting, shown_name
 
-COLUMNS: tuple[str, ...] = ("study", "setting", "row", "column", "protocol", "seed", "seeds")
-COLUMNS += ("validation", "mean_validation", "spread_validation")
-COLUMNS += ("test", "mean_test", "spread_test", "trained_values", "seconds_per_epoch")
+COLUMNS = ["study", "setting", "row", "column", "protocol", "seed", "seeds", "validation"]
+COLUMNS += ["mean_validation", "spread_validation", "test", "mean_test", "spread_test"]
+COLUMNS += ["trained_values", "seconds_per_epoch"]
 
 EPOCH_OF = {
     "val": "the epoch that is best on them",
@@ -20,33 +20,78 @@ EPOCH_OF = {
 }
 
 
-def headings(study: Study) -> list[str]:
-    """Return the heads of the columns."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SettingSummary:
+    """A setting over the seeds that are finished."""
+
+    setting: StudySetting
+    seeds: tuple[int, ...]
+    runs: tuple[AblationResult, ...]
+    """One for each of the seeds."""
+
+    @property
+    def validation(self) -> tuple[float, ...]:
+        """Percent, by seed."""
+        return tuple(run.validation for run in self.runs)
+
+    @property
+    def test(self) -> tuple[float, ...]:
+        """Percent, by seed; empty where not all of them were tested."""
+        found = tuple(run.test for run in self.runs if run.test is not None)
+        return found if len(found) == len(self.runs) else ()
+
+    @property
+    def mean(self) -> float | None:
+        """Mean validation accuracy, percent; None before the first run."""
+        return mean(self.validation)
+
+
+def summarise(
+    settings: Sequence[StudySetting], seeds: Sequence[int], runs: Runs
+) -> list[SettingSummary]:
+    """Gather the runs of each setting."""
+    found = []
+    for setting in settings:
+        own = tuple(seed for seed in seeds if (setting.name, seed) in runs)
+        of_seeds = tuple(runs[setting.name, seed] for seed in own)
+        found.append(SettingSummary(setting=setting, seeds=own, runs=of_seeds))
+    return found
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Return the mean; None of nothing."""
+    return statistics.fmean(values) if values else None
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Return the standard deviation (n - 1); None of less than two values."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def table_of(study: Study, found: Sequence[SettingSummary]) -> TextTable:
+    """Return the table of a study; "-" for what is not known."""
     varied = [study.rows, study.columns] if study.is_grid else [study.rows]
-    accuracies = ["validation, %", "spread", "by seed", "test, %", "spread"]
-    return [*varied, *accuracies, "seeds", "trained values", "s / epoch"]
+    measures = ["validation, %", "spread", "by seed", "test, %", "spread", "seeds"]
+    header = [*varied, *measures, "trainable parameters", "s / epoch"]
+    rows = [
+        [one.setting.row, *([one.setting.column] if study.is_grid else []), *_cells(one)]
+        for one in found
+    ]
+    return TextTable(title=study.title, header=header, rows=rows)
 
 
-def cells(study: Study, found: Summary) -> list[str]:
-    """Return a line of the table; "-" for what is not known."""
-    setting, runs = found.setting, found.runs
-    varied = [setting.row, setting.column] if study.is_grid else [setting.row]
-    seconds = [run.seconds_per_epoch for run in runs]
+def _cells(found: SettingSummary) -> list[str]:
+    runs = found.runs
     return [
-        *varied,
-        _number(mean(found.validation)),
-        _number(spread(found.validation)),
+        formatted(mean(found.validation), ".1f"),
+        formatted(spread(found.validation), ".1f"),
         ", ".join(f"{value:.1f}" for value in found.validation) or "-",
-        _number(mean(found.test)),
-        _number(spread(found.test)),
+        formatted(mean(found.test), ".1f"),
+        formatted(spread(found.test), ".1f"),
         ", ".join(map(str, found.seeds)) or "-",
         f"{runs[0].trainable:,}" if runs else "-",
-        f"{min(seconds):.2f}" if seconds else "-",
+        formatted(min((run.seconds_per_epoch for run in runs), default=None), ".2f"),
     ]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
 
 
 def notes(config: AblateConfig, provenance: str) -> list[str]:
@@ -76,7 +121,7 @@ def protocol(config: AblateConfig) -> str:
     )
 
 
-def conclusions(study: Study, found: Sequence[Summary], seeds: int) -> list[str]:
+def conclusions(study: Study, found: Sequence[SettingSummary], seeds: int) -> list[str]:
     """Say what the validation images show: gains step by step, or the best setting."""
     if study.name == "components":
         pairs = itertools.pairwise(found)
@@ -96,7 +141,7 @@ def conclusions(study: Study, found: Sequence[Summary], seeds: int) -> list[str]
     ]
 
 
-def _gain(before: Summary, after: Summary) -> str:
+def _gain(before: SettingSummary, after: SettingSummary) -> str:
     """Compare runs of the same seed."""
     first = dict(zip(before.seeds, before.validation, strict=True))
     pairs = zip(after.seeds, after.validation, strict=True)
@@ -110,41 +155,24 @@ def _gain(before: Summary, after: Summary) -> str:
     )
 
 
-def markdown(study: Study, found: Sequence[Summary], lines: Sequence[str]) -> str:
+def markdown(study: Study, found: Sequence[SettingSummary], lines: Sequence[str]) -> str:
     """Return title, table and notes."""
-    head, body = headings(study), [cells(study, one) for one in found]
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    rows = [f"| {' | '.join(line)} |" for line in (head, rule, *body)]
-    return "\n".join([f"### {study.title}", "", *rows, "", *(f"- {n}" for n in lines)]) + "\n"
+    shown = to_markdown(table_of(study, found))
+    return "\n".join([f"### {study.title}", "", shown, *(f"- {line}" for line in lines)]) + "\n"
 
 
-def csv_text(config: AblateConfig, study: Study, found: Sequence[Summary]) -> str:
+def csv_text(config: AblateConfig, study: Study, found: Sequence[SettingSummary]) -> str:
     """Return a line for every setting and seed."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    rows = []
     for one in found:
-        totals = {
-            "mean_validation": mean(one.validation),
-            "spread_validation": spread(one.validation),
-            "mean_test": mean(one.test),
-            "spread_test": spread(one.test),
-        }
-        setting = one.setting
+        setting, validation, test = one.setting, one.validation, one.test
+        named = [study.name, shown_name(setting.name), setting.row, setting.column]
         for seed, run in zip(one.seeds, one.runs, strict=True):
-            numbers = {"validation": run.validation, "test": run.test, **totals}
-            writer.writerow(
-                {
-                    "study": study.name,
-                    "setting": shown_name(setting.name),
-                    "row": setting.row,
-                    "column": setting.column,
-                    "protocol": config.protocol,
-                    "seed": seed,
-                    "seeds": len(one.seeds),
-                    "trained_values": run.trainable,
-                    "seconds_per_epoch": f"{run.seconds_per_epoch:.4f}",
-                    **{n: "" if v is None else f"{v:.4f}" for n, v in numbers.items()},
-                }
+            numbers = (run.validation, mean(validation), spread(validation))
+            numbers += (run.test, mean(test), spread(test))
+            rows.append(
+                [*named, config.protocol, seed, len(one.seeds)]
+                + ["" if number is None else f"{number:.4f}" for number in numbers]
+                + [run.trainable, f"{run.seconds_per_epoch:.4f}"]
             )
-    return text.getvalue()
+    return to_csv(COLUMNS, rows)
