@@ -81,7 +81,7 @@ def test_the_usage_lists_every_command(capsys) -> None:
         (["run", "cub", "--method", "tcpa"], ("--method: got 'tcpa'",)),
         (["run", "cub", "--data", "nowhere"], ("tcpa-train data prepare cub --data nowhere",)),
         (["sweep", "cub", "cub"], ("DATASETS: got cub, cub",)),
-        (["sweep", "htaa"], ("DATASETS: got 'htaa', expected hta, dtd", "did you mean hta?")),
+        (["sweep", "htaa"], ("DATASETS: got 'htaa', expected hta, dtd", "did you mean 'hta'?")),
         (["run", "folder", "--data", "mine"], ("mine: got no such folder", "check --data")),
         (["data", "prepare", "cubs"], ("got 'cubs'", "cub, nabirds")),
         (["report", "nowhere"], ("FOLDERS: got nowhere",)),

@@ -221,7 +221,7 @@ def test_values_that_do_not_fit_each_other_are_named(tmp_path):
         ({"seed": 2**63}, "--seed: got"),
         ({"dataset": "../x"}, r"DATASET: got '../x', expected a name without slashes"),
         ({"method": ".."}, r"--method: got '..'"),
-        ({"normalize": "halve"}, r"--normalize: got 'halve', .*did you mean half\?"),
+        ({"normalize": "halve"}, r"--normalize: got 'halve', .*did you mean 'half'"),
         ({"normalize": "0.5,0.5,0.5,0.5,0.5"}, "--normalize: got .*six numbers"),
         ({"normalize": "0,0,0,1,1,0"}, "--normalize: got .*positive deviations"),
         ({"normalize": "0,0,nan,1,1,1"}, "--normalize: got"),

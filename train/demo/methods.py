@@ -6,7 +6,6 @@ prompts stand in front of the blocks, as many rows of them, without dropout: wha
 choices.
 """
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 import tcpa
 
 from ...cli import require
+from ..options.checks import require_known
 from ..recipes.rows import METHODS
 from ..storage import read_json
 from .backbone import NORMALIZATION, WIDTH, load_backbone
@@ -156,10 +156,7 @@ def find_rows(names: Sequence[str]) -> tuple[list[DemoRow], dict[str, str]]:
         UsageError: there is no such row, or one that was asked for by name cannot be had.
     """
     for name in names:
-        near = difflib.get_close_matches(name, (ALL, *METHODS), n=1)
-        hint = f"did you mean {near[0]}?" if near else "choose one of these"
-        known = name == ALL or name in METHODS
-        require(known, "--methods", repr(name), ", ".join((ALL, *METHODS)), hint)
+        require_known("--methods", name, (ALL, *METHODS))
     rows, reasons = [], {}
     for name in dict.fromkeys(METHODS if ALL in names else names):
         row = row_of(name)

@@ -1,6 +1,5 @@
 """Many runs: every method on every dataset with every seed; finished ones are skipped."""
 
-import difflib
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -11,11 +10,12 @@ from rich.console import Console
 
 import tcpa
 
-from ...cli import UsageError, require
+from ...cli import UsageError
 from ..data.splits import NAMES, OFFICIAL_SEED
 from ..data.vtab_tasks import ALL_TASKS, GROUPS, SEEDS, TASKS
 from ..engine.folder import LOG
 from ..engine.interruption import raised
+from ..options.checks import require_known
 from ..options.run import RunConfig, SweepConfig, TrainOptions
 from ..recipes.recipe import PUBLISHED_METHOD, decompose, require_row
 from ..recipes.rows import METHODS
@@ -56,9 +56,7 @@ def plan(
     """
     chosen: dict[str, list[str]] = {}
     for name in names:
-        near = difflib.get_close_matches(name, KNOWN, n=1)
-        hint = f"did you mean {near[0]}?" if near else "choose one of these"
-        require(name in KNOWN, "DATASETS", repr(name), ", ".join(KNOWN), hint)
+        require_known("DATASETS", name, KNOWN)
         datasets, usual = _meaning(name)
         for dataset in datasets:
             known = chosen.setdefault(dataset, [])

@@ -1,13 +1,12 @@
 """What an ablation can be asked for. Imports nothing heavy, so that --help is quick."""
 
-import difflib
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 from ...cli import require
-from .checks import require_different, require_seed
+from .checks import require_different, require_known, require_seed
 from .run import Positional, Protocol, RunConfig, TrainOptions
 
 DEMO = "demo"
@@ -91,9 +90,7 @@ class AblateConfig(TrainOptions):
     def __post_init__(self) -> None:
         require_different("--study", self.study)
         for name in self.study:
-            near = difflib.get_close_matches(name, STUDIES, n=1)
-            hint = f"did you mean {near[0]}?" if near else "choose some of these"
-            require(name in STUDIES, "--study", repr(name), ", ".join(STUDIES), hint)
+            require_known("--study", name, STUDIES, "choose some of these")
         reason = "val or tune: settings are compared on validation images, never on test images"
         usable = self.protocol in ("val", "tune")
         require(usable, "--protocol", self.protocol, reason, "leave it out")

@@ -1,9 +1,10 @@
 """Checks of the values of options: what came, what is expected, what to do."""
 
-import difflib
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from ...checks import did_you_mean
 from ...cli import UsageError, require
 
 if TYPE_CHECKING:
@@ -34,8 +35,7 @@ def parse_normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]
         values = ()
     usable = len(values) == 6 and all(map(math.isfinite, values)) and min(values[3:]) > 0
     if not usable:
-        near = difflib.get_close_matches(text, NORMALIZATIONS, n=1)
-        hint = f"did you mean {near[0]}?" if near else "0.5,0.5,0.5,0.5,0.5,0.5 for instance"
+        hint = did_you_mean(text, NORMALIZATIONS, "0.5,0.5,0.5,0.5,0.5,0.5 for instance")
         raise UsageError(
             f"--normalize: got {text!r}, expected imagenet, half, none or six numbers with "
             f"positive deviations; {hint}"
@@ -72,6 +72,14 @@ def require_name(option: str, value: str) -> None:
     """Refuse what would be no name of a folder in the output."""
     usable = value and not set(value) & set("/\\\0") and not value.startswith(".")
     require(bool(usable), option, repr(value), "a name without slashes", "change it")
+
+
+def require_known(
+    option: str, value: str, known: Collection[str], otherwise: str = "choose one of these"
+) -> None:
+    """Raise UsageError unless a value is one of a few words; suggests the nearest one."""
+    hint = did_you_mean(value, known, otherwise)
+    require(value in known, option, repr(value), ", ".join(known), hint)
 
 
 def require_different(option: str, values: tuple) -> None:

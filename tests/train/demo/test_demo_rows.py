@@ -241,7 +241,7 @@ def test_a_row_whose_choices_changed_is_not_taken_as_tuned(monkeypatch):
     ("arguments", "message"),
     [
         (["--methods", "vpt-dep"], "--methods: got 'vpt-dep', expected all, full"),
-        (["--methods", "vpt-dep"], "did you mean vpt-deep?"),
+        (["--methods", "vpt-dep"], "did you mean 'vpt-deep'?"),
         (["--methods", "linear", "linear"], "--methods: got linear, linear, expected different"),
         (["--methods"], "--methods: got no value"),
     ],

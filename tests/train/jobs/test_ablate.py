@@ -446,7 +446,7 @@ def test_results_of_other_settings_are_not_taken(finished, capsys):
     ("arguments", "message"),
     [
         (["demo", "--study", "pool"], "--study: got 'pool', expected components, pools"),
-        (["demo", "--study", "pool"], "did you mean pools?"),
+        (["demo", "--study", "pool"], "did you mean 'pools'?"),
         (["demo", "--protocol", "official"], "--protocol: got official, expected val or tune"),
         (["demo", "--seeds", "1", "1"], "--seeds: got 1, 1, expected one or more different"),
         (["demo", "--seeds", "-1"], "--seeds: got -1"),

@@ -125,9 +125,9 @@ def test_each_dataset_has_its_protocol():
 
 
 def test_unknown_names_are_told():
-    with pytest.raises(UsageError, match=r"DATASETS: got 'table3', .*; did you mean table"):
+    with pytest.raises(UsageError, match=r"DATASETS: got 'table3', .*; did you mean 'table"):
         plan(("table3",), None, None)
-    with pytest.raises(UsageError, match=r"got 'vtab-dtdd', expected hta, dtd, .*mean vtab-dtd\?"):
+    with pytest.raises(UsageError, match=r"got 'vtab-dtdd', expected hta, dtd, .*mean 'vtab-dtd'"):
         plan(("vtab-dtdd",), None, None)
 
 

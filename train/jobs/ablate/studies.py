@@ -4,7 +4,6 @@ Sources: Table 3 of the paper (components), Figure 4 (pools), and what sections 
 method leave open or the official code decides otherwise (the others).
 """
 
-import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
@@ -13,6 +12,7 @@ import tcpa
 
 from ....cli import UsageError, require
 from ...options.ablate import DEMO, AblateConfig
+from ...options.checks import require_known
 
 VPT = "vpt"
 
@@ -88,9 +88,7 @@ def only(studies: Sequence[Study], names: Iterable[str] | None) -> dict[str, Stu
         return found
     known = {shown_name(name): name for name in found}
     for name in names:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "--print-jobs prints them"
-        require(name in known, "--cells", repr(name), ", ".join(known), hint)
+        require_known("--cells", name, known, "--print-jobs prints them")
     return {known[name]: found[known[name]] for name in names}
 
 
