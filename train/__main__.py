@@ -11,10 +11,10 @@ from typing import Any
 
 from ..cli import UsageError, command
 from .engine.interruption import Interrupted
-from .inspect.config import InspectConfig
 from .options.ablate import AblateConfig
 from .options.data import PrepareConfig, VerifyConfig
 from .options.demo import DemoConfig, PretrainConfig, TuneConfig
+from .options.inspect import InspectConfig
 from .options.meta_prompt import MetaPromptConfig
 from .options.methods import MethodsConfig
 from .options.run import RecipesConfig, ReportConfig, RunConfig, SweepConfig

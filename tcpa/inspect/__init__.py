@@ -12,7 +12,6 @@ import matplotlib, as `tsne` and `separation` import scikit-learn, only when the
 """
 
 from .attention import AttentionMaps, attention_maps, patch_token
-from .common import Pool, patch_grid
 from .feature_space import Separation, features, separation, tsne
 from .figures import (
     Series,
@@ -24,6 +23,7 @@ from .figures import (
     draw_selection,
     draw_usage,
 )
+from .passes import Pool, patch_grid
 from .selection import (
     Change,
     Overlap,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import require_int
 from ..model import PromptedViT
-from .common import batches, evaluating, patch_grid
+from .passes import batches, evaluating, patch_grid
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import require, require_int, require_number
 from ..model import PromptedViT
-from .common import batches, evaluating
+from .passes import batches, evaluating
 
 MANY = 20_000
 """Points from which on scikit-learn's t-SNE takes too long."""

@@ -5,16 +5,17 @@ Axes: N blocks, B images, L tokens of one role, R entries of their pool, K selec
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..checks import require, require_choice
-from ..methods.tcpa import TCPAConfig
+from ..methods.base import WITHOUT_SELECTION
 from ..model import PromptedViT
 from ..reference import cosine_similarity, rank_entries, split_gate
-from .common import Pool, batches, evaluating, patch_grid
+from .passes import Pool, batches, evaluating, patch_grid
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)
@@ -107,57 +108,47 @@ def selections(model: PromptedViT, images: Tensor, *, batch_size: int = 64) -> S
         reason = why_nothing_is_selected(model)
         require(reason is None, "model", reason, "TCPA with coordination='token'", "inspect that")
         parts = [_of_batch(model, part) for part in batches(model, images, batch_size)]
-    config = model.config
-    assert isinstance(config, TCPAConfig)
+    config: Any = model.config
     cls, image = (np.concatenate([part[i] for part in parts], axis=1) for i in range(2))
     return Selections(
-        image=image,
-        cls=cls,
-        num_pool=(config.cls_pool_size, config.image_pool_size),
-        grid=patch_grid(model, images),
+        image=image, cls=cls, num_pool=config.num_pool, grid=patch_grid(model, images)
     )
 
 
 def why_nothing_is_selected(model: PromptedViT) -> str | None:
     """Say why a model's tokens do not select prompts; None when they do."""
     config = model.config
-    if not isinstance(config, TCPAConfig):
-        return "a model without TCPA, whose tokens all see the same prompts or none"
-    if config.coordination == "role":
-        return "coordination='role', where every token sees the whole pool of its role"
-    return None
+    return WITHOUT_SELECTION if config is None else config.why_nothing_is_selected()
 
 
 def _of_batch(model: PromptedViT, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Return the ordered selections of a batch, of prefix tokens and of patches."""
-    config, pools, prefix = model.config, model.pools, model.backbone.num_prefix_tokens
-    assert isinstance(config, TCPAConfig) and pools is not None
-    sizes = (config.cls_pool_size, config.image_pool_size)
-    lengths = (config.cls_prompt_length, config.image_prompt_length)
-    top_k = (min(config.cls_top_k, sizes[0]), min(config.image_top_k, sizes[1]))
+    config: Any = model.config
+    pools: Any = model.pools
+    prefix = model.backbone.num_prefix_tokens
+    top_k = (config.cls_top_k, config.image_top_k)
     with model.capture(attention=False, features=True) as record:
         model(images)
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for number, block in record.items():
         gate, x = block.gate, block.inputs
         assert gate is not None and x is not None
-        chosen = split_gate(gate, sizes, lengths, prefix)
+        chosen = split_gate(gate, config.num_pool, config.lengths, prefix)
         keys = (pools.cls_keys[number], pools.image_keys[number])
         for role, tokens in enumerate((x[:, :prefix], x[:, prefix:])):
-            ordered = _ordered(tokens, keys[role], chosen[role], config, top_k[role])
-            found[role].append(ordered.to(torch.int16).cpu())
+            ordered = _ordered(tokens, keys[role], chosen[role], config.selection)
+            count = min(top_k[role], config.num_pool[role])
+            found[role].append(ordered[..., :count].to(torch.int16).cpu())
     cls, image = (torch.stack(of_role).numpy() for of_role in found)
     return cls, image
 
 
-def _ordered(x: Tensor, keys: Tensor, chosen: Tensor, config: TCPAConfig, top_k: int) -> Tensor:
-    """Put the entries that the gate holds into their order; the similarities only sort them."""
+def _ordered(x: Tensor, keys: Tensor, chosen: Tensor, selection: str) -> Tensor:
+    """Put the entries that the gate holds first; the similarities only sort them."""
     exact = torch.promote_types(x.dtype, torch.float32)
     similarity = cosine_similarity(x.to(exact), keys.to(exact))
-    nearest = config.selection == "nearest"
-    last = float("-inf") if nearest else float("inf")
-    order = rank_entries(similarity.masked_fill(~chosen, last), config.selection)
-    return order[..., :top_k]
+    last = float("-inf") if selection == "nearest" else float("inf")
+    return rank_entries(similarity.masked_fill(~chosen, last), selection)
 
 
 def usage(found: Selections, pool: Pool = "image") -> Usage:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import require_tensor
 from ..model import PromptedViT
-from .common import batches, evaluating
+from .passes import batches, evaluating
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)

@@ -28,6 +28,9 @@ Modules = dict[str, nn.Module]
 """Modules by their name in the model, made in this order."""
 
 
+WITHOUT_SELECTION = "a model without TCPA, whose tokens all see the same prompts or none"
+
+
 class MethodConfig:
     """A choice: settings, and everything that others have to know of them."""
 
@@ -42,6 +45,11 @@ class MethodConfig:
     def __init_subclass__(cls) -> None:
         if "name" in cls.__dict__:
             cls.kinds[cls.name] = cls
+
+    @property
+    def label(self) -> str:
+        """Its short name in figures and tables."""
+        return type(self).__name__.removesuffix("Config").removesuffix("Tuning")
 
     def has(self, *settings: str) -> bool:
         """Whether it has all these settings; the command line asks before it replaces them."""
@@ -90,6 +98,10 @@ class PromptConfig(MethodConfig):
     def finds_unused_parameters(self) -> bool:
         """Whether some parameters get no gradient, which DistributedDataParallel must know."""
         return False
+
+    def why_nothing_is_selected(self) -> str | None:
+        """Return why tokens select no prompts, for `tcpa.inspect`; None where they do."""
+        return WITHOUT_SELECTION
 
     def on_image(self) -> str | None:
         """Say what it does to the image besides, for `tcpa-train methods`."""

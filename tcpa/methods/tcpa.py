@@ -168,6 +168,15 @@ class TCPAConfig(PromptConfig):
         entries = f"{self.cls_pool_size} + {self.image_pool_size}"
         return f"{kind}TCPA {entries}, top {self.cls_top_k}, {self.image_top_k}"
 
+    @property
+    def label(self) -> str:
+        return "TCPA" if self.coordination == "token" else "R-TCPA"
+
+    def why_nothing_is_selected(self) -> str | None:
+        if self.coordination == "token":
+            return None
+        return "coordination='role', where every token sees the whole pool of its role"
+
     def on_image(self) -> str | None:
         return "convolutions" if self.image_prompt else None
 

@@ -60,6 +60,10 @@ class VPTConfig(PromptConfig):
         """P, the prompt rows of one block."""
         return self.length
 
+    @property
+    def label(self) -> str:
+        return "VFPT" if self.fourier_fraction else "VPT-deep" if self.deep else "VPT-shallow"
+
     def describe(self) -> str:
         kind = "Fourier " if self.fourier_fraction else ""
         return f"{kind}{self.length} {'a block' if self.deep else 'at the first block'}"

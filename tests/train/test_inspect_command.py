@@ -21,9 +21,9 @@ from tcpa.cli import UsageError
 from tcpa.train.__main__ import main
 from tcpa.train.backbones import load_backbone
 from tcpa.train.inspect import maps
-from tcpa.train.inspect.config import InspectConfig
 from tcpa.train.inspect.run import run_inspect
 from tcpa.train.jobs.run import run
+from tcpa.train.options.inspect import InspectConfig
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome here")

@@ -1,23 +1,14 @@
 """The figures of an inspection: each a PNG file, some as SVG in the page, with what they say."""
 
-import io
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
 
 from tcpa import inspect
-from tcpa.inspect.style import STYLE
+from tcpa.inspect.style import Drawing, finish
 
-from .measure import Inspection, Measured, Selected
+from .measure import Inspection, ModelSelection
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-DPI = 150
 DIVERSITY = {
     "attention_rank": ("Effective rank of attention", "effective rank, rows"),
     "attention_entropy": ("Entropy of attention", "entropy of a row, bits"),
@@ -35,45 +26,8 @@ MEANT = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drawing:
-    """A finished figure."""
-
-    name: str
-    """Of its file, without the ending."""
-    alt: str
-    """For those who do not see it."""
-    caption: str
-    """What is seen and how it was computed; "" for a panel with a common caption."""
-    png: bytes
-    svg: str = ""
-    """The same as one <svg> element without outside references; "" to show the PNG."""
-
-
-def render(figure: "Figure", name: str, caption: str = "", *, vector: bool = False) -> Drawing:
-    """Turn a figure into files."""
-    png, svg = io.BytesIO(), ""
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(png, format="png", dpi=DPI)
-        if vector:
-            text = io.StringIO()
-            nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-            figure.savefig(text, format="svg", metadata=nothing)
-            svg = text.getvalue()
-            svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :])
-    title = figure.axes[0].get_title()
-    return Drawing(name=slug(name), alt=title, caption=caption, png=png.getvalue(), svg=svg)
-
-
-def slug(text: str) -> str:
-    """Return a name for a file."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def selection_drawings(found: Inspection, of_model: Measured) -> Iterator[Drawing]:
+def selection_drawings(found: Inspection, name: str, selected: ModelSelection) -> Iterator[Drawing]:
     """Draw the selection maps of the shown images, for the PNG files."""
-    selected = of_model.selected
-    assert selected is not None
     entries = selected.found.num_pool[1]
     for number, place in enumerate(found.shown):
         for block, orders in enumerate(selected.found.image):
@@ -84,13 +38,12 @@ def selection_drawings(found: Inspection, of_model: Measured) -> Iterator[Drawin
                 entries,
                 title=f"Block {block + 1}: first choice of every patch",
             )
-            yield render(figure, f"selection {of_model.name} image {number + 1} block {block + 1}")
+            about = f"selection {name} image {number + 1} block {block + 1}"
+            yield finish(figure, about, vector=False)
 
 
-def usage_drawings(found: Inspection, of_model: Measured) -> Iterator[Drawing]:
+def usage_drawings(found: Inspection, name: str, selected: ModelSelection) -> Iterator[Drawing]:
     """Draw how often the entries of both pools are selected."""
-    selected = of_model.selected
-    assert selected is not None
     images = len(found.images.names)
     pools: tuple[tuple[inspect.Pool, str], ...] = (("image", "patches"), ("cls", "class tokens"))
     for pool, what in pools:
@@ -110,36 +63,11 @@ def usage_drawings(found: Inspection, of_model: Measured) -> Iterator[Drawing]:
         )
         title = f"{'Image' if pool == 'image' else 'CLS'} pool: {what} that see an entry"
         figure = inspect.draw_usage(counted.seen, title=title)
-        yield render(figure, f"usage {of_model.name} {pool} pool", caption)
+        yield finish(figure, f"usage {name} {pool} pool", caption, vector=False)
 
 
-def change_drawing(of_model: Measured) -> Drawing | None:
-    """Draw how the selections came about; None without states to compare."""
-    selected = of_model.selected
-    if selected is None or not selected.changes:
-        return None
-    replaced = np.array([change.replaced for change in selected.changes])
-    epochs = selected.epochs[:-1]
-    lines = [
-        inspect.Series(f"block {block + 1}", epochs, 100 * values)
-        for block, values in enumerate(replaced.T)
-    ]
-    caption = (
-        "Share of a patch's selected entries that are others at the end, after epoch "
-        f"{selected.epochs[-1]:g}: {100 * replaced[0].mean():.0f} % after epoch {epochs[0]:g}, "
-        f"{100 * replaced[-1].mean():.0f} % after epoch {epochs[-1]:g}, mean over the blocks."
-    )
-    figure = inspect.draw_lines(
-        lines,
-        xlabel="epoch",
-        ylabel="entries that are others at the end, %",
-        title="Change of the selections",
-    )
-    return render(figure, f"change {of_model.name}", caption, vector=True)
-
-
-def overlap_drawing(of_model: Measured, selected: Selected) -> Drawing:
-    """Draw how alike patches select."""
+def pair_drawings(name: str, selected: ModelSelection) -> Iterator[Drawing]:
+    """Draw how alike patches select, and how the selections came about where that is known."""
     measured = selected.overlap
     blocks = list(range(1, len(measured.neighbours) + 1))
     lines = [
@@ -153,10 +81,25 @@ def overlap_drawing(of_model: Measured, selected: Selected) -> Drawing:
         f"{measured.pairs.mean():.2f}, and independent random choices would have "
         f"{measured.chance:.2f}."
     )
-    figure = inspect.draw_lines(
-        lines, xlabel="block", ylabel="Jaccard index, no unit", title="Overlap of selections"
+    labels = {"xlabel": "block", "ylabel": "Jaccard index, no unit"}
+    figure = inspect.draw_lines(lines, title="Overlap of selections", **labels)
+    yield finish(figure, f"overlap {name}", caption)
+    if not selected.changes:
+        return
+    replaced = np.array([change.replaced for change in selected.changes])
+    epochs = selected.epochs[:-1]
+    lines = [
+        inspect.Series(f"block {block + 1}", epochs, 100 * values)
+        for block, values in enumerate(replaced.T)
+    ]
+    caption = (
+        "Share of a patch's selected entries that are others at the end, after epoch "
+        f"{selected.epochs[-1]:g}: {100 * replaced[0].mean():.0f} % after epoch {epochs[0]:g}, "
+        f"{100 * replaced[-1].mean():.0f} % after epoch {epochs[-1]:g}, mean over the blocks."
     )
-    return render(figure, f"overlap {of_model.name}", caption, vector=True)
+    labels = {"xlabel": "epoch", "ylabel": "entries that are others at the end, %"}
+    figure = inspect.draw_lines(lines, title="Change of the selections", **labels)
+    yield finish(figure, f"change {name}", caption)
 
 
 def attention_rows(found: Inspection) -> Iterator[tuple[int, str, str, list[Drawing]]]:
@@ -188,15 +131,15 @@ def attention_rows(found: Inspection) -> Iterator[tuple[int, str, str, list[Draw
             base = f"attention image {number + 1} {query.name}"
             grid = found.measured[0].maps.grid
             seen = inspect.draw_image(picture, grid, title=found.images.names[place][-40:])
-            maps, surfaces = [render(seen, f"image {number + 1}")], []
+            maps, surfaces = [finish(seen, f"image {number + 1}", vector=False)], []
             for name, weights in chosen.items():
                 title = f"{name}: {query.name}"
                 drawn = inspect.draw_attention(
                     picture, weights, title=title, limit=limit, query=query.place
                 )
-                maps.append(render(drawn, f"{base} {name} 2d"))
+                maps.append(finish(drawn, f"{base} {name} 2d", vector=False))
                 drawn = inspect.draw_attention_surface(weights, title=title, limit=limit)
-                surfaces.append(render(drawn, f"{base} {name} 3d"))
+                surfaces.append(finish(drawn, f"{base} {name} 3d", vector=False))
             yield number, f"{query.name[0].upper()}{query.name[1:]}", caption, maps
             yield number, "", "The same as surfaces over the patches.", surfaces
 
@@ -217,7 +160,7 @@ def shares_drawing(found: Inspection) -> Drawing:
     figure = inspect.draw_lines(
         lines, xlabel="block", ylabel="attention on prompts, %", title="Attention on prompts"
     )
-    return render(figure, "attention on prompts", caption, vector=True)
+    return finish(figure, "attention on prompts", caption)
 
 
 def feature_drawings(found: Inspection) -> Iterator[Drawing]:
@@ -240,7 +183,7 @@ def feature_drawings(found: Inspection) -> Iterator[Drawing]:
             f"the plane (seed {found.seed}); near points are near in the feature space, "
             f"far ones say little.{told}"
         )
-        yield render(figure, f"features {of_model.name}", caption, vector=len(names) <= 20)
+        yield finish(figure, f"features {of_model.name}", caption, vector=len(names) <= 20)
 
 
 def diversity_drawings(found: Inspection) -> Iterator[Drawing]:
@@ -258,4 +201,4 @@ def diversity_drawings(found: Inspection) -> Iterator[Drawing]:
             f"and standard deviation over {found.diversity_images} images."
         )
         figure = inspect.draw_lines(lines, xlabel="block", ylabel=ylabel, title=title)
-        yield render(figure, name.replace("_", " "), caption, vector=True)
+        yield finish(figure, name.replace("_", " "), caption)

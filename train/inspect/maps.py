@@ -1,6 +1,5 @@
 """Selection maps for the page: SVG whose patches tell their top-k list when pointed at."""
 
-import base64
 import io
 from html import escape
 
@@ -9,7 +8,8 @@ from PIL import Image
 
 from tcpa.inspect.style import entry_colours, ink_on
 
-from .measure import Inspection, Measured
+from ..report.page import png_url
+from .measure import Inspection, ModelMeasures
 
 CELL, MARGIN = 20, 16
 """Side of a patch and room for the numbers of rows and columns, SVG units."""
@@ -21,6 +21,21 @@ WIDE = 10
 """Patches side by side from which on a map needs more room."""
 
 HINT = "Point at a patch, or tap it: the prompts that it chose, in order."
+
+STYLE = """
+.maps { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
+.maps.large { grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); }
+.row .figures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); }
+.row img { max-width: 26rem; }
+output { display: block; min-height: 3em; font-size: 0.875rem; font-weight: 600; }
+svg.selection text { font: 9px system-ui, sans-serif; text-anchor: middle; fill: #000;
+  stroke: #fff; stroke-width: 2px; paint-order: stroke; pointer-events: none; }
+svg.selection text.tick { font-size: 8px; fill: var(--soft); stroke: none; }
+svg.selection rect { fill-opacity: 0.6; }
+svg.selection rect.hot { stroke: #000; stroke-width: 2.5; }
+.legend span { display: inline-block; min-width: 1.9em; text-align: center; margin: 0 2px 2px 0;
+  padding: 0 0.2em; font-size: 0.8rem; border-radius: 3px; }
+"""
 
 SCRIPT = """
 (function () {
@@ -44,7 +59,7 @@ SCRIPT = """
 """
 
 
-def selection_maps(found: Inspection, of_model: Measured, number: int) -> str:
+def selection_maps(found: Inspection, of_model: ModelMeasures, number: int) -> str:
     """Return the figures of one shown image, a block each."""
     selected, place = of_model.selected, found.shown[number]
     assert selected is not None
@@ -69,7 +84,7 @@ def selection_maps(found: Inspection, of_model: Measured, number: int) -> str:
             f"is that of {count} of {len(order)} patches.</figcaption></figure>"
         )
     large = " large" if selected.found.grid[1] > WIDE else ""
-    return f'<div class="maps grid{large}">{"".join(figures)}</div>'
+    return f'<div class="maps figures{large}">{"".join(figures)}</div>'
 
 
 def _most(first: np.ndarray) -> tuple[int, int]:
@@ -129,8 +144,3 @@ def data_url(picture: np.ndarray) -> str:
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, format="png", optimize=True)
     return png_url(out.getvalue())
-
-
-def png_url(png: bytes) -> str:
-    """Return a PNG as a URL that needs no file."""
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

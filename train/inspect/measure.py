@@ -18,7 +18,7 @@ DIVERSITY_IMAGES = 32
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)
-class Query:
+class QueryToken:
     """A token whose attention is drawn."""
 
     name: str
@@ -28,7 +28,7 @@ class Query:
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)
-class Selected:
+class ModelSelection:
     """What the tokens of one model select."""
 
     found: inspect.Selections
@@ -42,11 +42,11 @@ class Selected:
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)
-class Measured:
+class ModelMeasures:
     """Everything about one model."""
 
     name: str
-    selected: Selected | None
+    selected: ModelSelection | None
     no_selection: str
     """Why there is none; "" where there is."""
     maps: inspect.AttentionMaps
@@ -65,11 +65,11 @@ class Inspection:
     """What the page shows."""
 
     subjects: Sequence[Subject]
-    measured: Sequence[Measured]
+    measured: Sequence[ModelMeasures]
     images: ImageSet
     shown: list[int]
     """Images with maps."""
-    queries: list[Query]
+    queries: list[QueryToken]
     block: int
     """Whose attention is drawn, from 0."""
     head: int | None
@@ -92,7 +92,7 @@ def choose_shown(images: ImageSet, count: int) -> list[int]:
 
 def choose_queries(
     subject: Subject, images: ImageSet, places: Sequence[tuple[int, int]]
-) -> list[Query]:
+) -> list[QueryToken]:
     """Choose tokens: the class token where there is one, and patches.
 
     Raises:
@@ -101,7 +101,7 @@ def choose_queries(
     rows, columns = inspect.patch_grid(subject.model, images.images)
     found = []
     if getattr(subject.model.backbone, "cls_token", None) is not None:
-        found.append(Query(name="class token", token=0, place=None))
+        found.append(QueryToken(name="class token", token=0, place=None))
     for row, column in places or ((rows // 2, columns // 2), (rows // 4, columns // 4)):
         if row >= rows or column >= columns:
             raise UsageError(
@@ -111,7 +111,7 @@ def choose_queries(
         token = inspect.patch_token(subject.model, images.images, row, column)
         if token not in [query.token for query in found]:
             name = f"patch in row {row}, column {column}"
-            found.append(Query(name=name, token=token, place=(row, column)))
+            found.append(QueryToken(name=name, token=token, place=(row, column)))
     return found
 
 
@@ -159,30 +159,21 @@ def measure(
     for subject in subjects:
         say(f"measuring {subject.name} on {len(images.names):,} images")
         model = subject.model
-        reason = inspect.why_nothing_is_selected(model) or ""
         maps = inspect.attention_maps(
-            model,
-            images.images[shown],
-            queries=tokens,
-            head=head_index,
-            batch_size=batch_size,
+            model, images.images[shown], queries=tokens, head=head_index, batch_size=batch_size
         )
         features = inspect.features(model, images.images, **options)
-        kinds = 0 if images.labels is None else len(np.unique(images.labels))
-        separated = None
-        if images.labels is not None and 2 <= kinds < len(features):
-            near = min(5, len(features) - 1)
-            separated = inspect.separation(features, images.labels, neighbours=near)
+        selected, reason = _select(subject, images, options)
         measured.append(
-            Measured(
+            ModelMeasures(
                 name=subject.name,
-                selected=None if reason else _select(subject, images, options),
+                selected=selected,
                 no_selection=reason,
                 maps=maps,
                 shares=maps.shares()[:, :, :, 0].mean(axis=(1, 2)),
                 features=features,
                 map2d=inspect.tsne(features, seed=seed) if len(features) >= 4 else None,
-                separation=separated,
+                separation=_separate(features, images.labels),
                 diversity=inspect.diversity(model, images.images[few], **options),
             )
         )
@@ -200,14 +191,26 @@ def measure(
     )
 
 
-def _select(subject: Subject, images: ImageSet, options: dict[str, int]) -> Selected | None:
-    found = inspect.selections(subject.model, images.images, **options)
-    if 0 in (found.image.shape[-1], found.image.shape[2]) or found.image.shape[2] < 2:
+def _separate(features: np.ndarray, labels: np.ndarray | None) -> inspect.Separation | None:
+    if labels is None or not 2 <= len(np.unique(labels)) < len(features):
         return None
+    return inspect.separation(features, labels, neighbours=min(5, len(features) - 1))
+
+
+def _select(
+    subject: Subject, images: ImageSet, options: dict[str, int]
+) -> tuple[ModelSelection | None, str]:
+    """Return what tokens select, or why they select nothing."""
+    reason = inspect.why_nothing_is_selected(subject.model)
+    if reason is not None:
+        return None, reason
+    found = inspect.selections(subject.model, images.images, **options)
+    if found.image.shape[-1] == 0 or found.image.shape[2] < 2:
+        return None, "its patches choose among no prompts"
     states = list(subject.states)
     before = [inspect.selections(state.model, images.images, **options) for state in states]
     changes = [inspect.change(state, before[-1]) for state in before[:-1]]
-    return Selected(
+    selected = ModelSelection(
         found=found,
         image=inspect.usage(found),
         cls=inspect.usage(found, "cls"),
@@ -215,6 +218,7 @@ def _select(subject: Subject, images: ImageSet, options: dict[str, int]) -> Sele
         epochs=[state.epoch for state in states],
         changes=changes,
     )
+    return selected, ""
 
 
 def to_json(found: Inspection) -> dict[str, Any]:
@@ -244,7 +248,7 @@ def to_json(found: Inspection) -> dict[str, Any]:
     }
 
 
-def _model_json(subject: Subject, of_model: Measured, found: Inspection) -> dict[str, Any]:
+def _model_json(subject: Subject, of_model: ModelMeasures, found: Inspection) -> dict[str, Any]:
     maps = of_model.maps
     chosen = maps.weights[found.block]
     order = [maps.queries.index(query.token) for query in found.queries]

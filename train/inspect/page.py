@@ -1,128 +1,143 @@
-"""The page of an inspection: one HTML file, nothing from the network."""
+"""The page of an inspection, and the tables on it."""
 
-import datetime
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator
 from html import escape
 
+import numpy as np
+
 import tcpa
+from tcpa import provenance
+from tcpa.inspect.style import Drawing
 
-from . import drawings, tables
-from .drawings import Drawing
-from .maps import SCRIPT, legend, png_url, selection_maps
-from .measure import Inspection, Measured
-from .tables import Table
+from ..report import page as html
+from ..report.page import bullets, paragraph, table
+from ..report.tables import TextTable, formatted
+from . import drawings
+from .drawings import DIVERSITY
+from .maps import SCRIPT, STYLE, legend, selection_maps
+from .measure import Inspection, ModelSelection
+from .subjects import BARE
 
-CSS = """
-:root { color-scheme: light; --ink: #1b1b1f; --soft: #51515a; --line: #d4d4dc; --stripe: #f5f5f8; }
-* { box-sizing: border-box; }
-body { background: #fff; color: var(--ink); margin: 0 auto; padding: 1rem; max-width: 78rem;
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; margin: 0 0 0.5rem; } h2 { font-size: 1.25rem; margin: 2.4rem 0 0.4rem;
-  border-bottom: 1px solid var(--line); } h3 { font-size: 1.05rem; margin: 1.6rem 0 0.3rem; }
-h4 { font-size: 0.95rem; margin: 1.2rem 0 0.2rem; }
-p, li, figcaption { max-width: 52rem; } p { margin: 0.4rem 0; } a { color: #005a91; }
-nav a { margin-right: 1rem; } .soft, figcaption { color: var(--soft); font-size: 0.875rem; }
-.grid { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
-.grid.large { grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); }
-figure { margin: 0.6rem 0; min-width: 0; } figure img, figure > svg { width: 100%; height: auto;
-  display: block; max-width: 34rem; } figure.row img { max-width: 26rem; }
-.wide { overflow-x: auto; } figure .wide img { max-width: none; }
-output { display: block; min-height: 3em; font-size: 0.875rem; font-weight: 600; }
-svg.selection text { font: 9px system-ui, sans-serif; text-anchor: middle; fill: #000;
-  stroke: #fff; stroke-width: 2px; paint-order: stroke; pointer-events: none; }
-svg.selection text.tick { font-size: 8px; fill: var(--soft); }
-svg.selection rect { fill-opacity: 0.6; }
-svg.selection rect.hot { stroke: #000; stroke-width: 2.5; }
-.legend span { display: inline-block; min-width: 1.9em; text-align: center; margin: 0 2px 2px 0;
-  padding: 0 0.2em; font-size: 0.8rem; border-radius: 3px; }
-table { border-collapse: collapse; font-size: 0.875rem; overflow-wrap: normal;
-  font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: 0.3rem 0; }
-th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right;
-  vertical-align: bottom; } td { white-space: nowrap; } th { max-width: 8rem; min-width: 3.2rem; }
-.text { text-align: left; } td.text { white-space: normal; min-width: 5rem; }
-tbody tr:nth-child(even) { background: var(--stripe); }
-"""
-
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+MODELS = (
+    "Trainable parameters: prompts, head and whatever else is not frozen. Accuracy, where it is "
+    "known, is that of the run on its test images, or of the demo on all its test images."
+)
+SELECTION = (
+    "Entropy: of an entry drawn from all selections of the image pool, of the first choices alone, "
+    "and of the selections of the CLS pool; its largest possible value is the base-2 logarithm of "
+    "the entries. Dead: entries that no token of these images sees. Overlap: mean Jaccard index."
+)
+SEPARATION = (
+    "All in the full feature space, not on the maps. Silhouette with Euclidean distance, -1 to 1; "
+    "k-NN: images whose class is that of most of their nearest neighbours, leave-one-out; variance "
+    "ratio: between the classes, divided by within. Higher is better for all three."
+)
+DIVERSE = (
+    "Section 4 of the paper argues that prompts which all tokens share confine attention to a low "
+    "rank. Here is what these models do."
+)
 
 
 def build_page(found: Inspection) -> tuple[str, list[Drawing]]:
     """Return the page, and the drawings to be written as files."""
     drawn: list[Drawing] = []
-
-    def keep(drawing: Drawing) -> Drawing:
-        drawn.append(drawing)
-        return drawing
-
     sections = {
-        "Models": "".join(_models(found)),
-        "Selections": "".join(_selections(found, keep)),
-        "Attention": "".join(_attention(found, keep)),
-        "Feature space": "".join(_features(found, keep)),
-        "Diversity": "".join(_diversity(found, keep)),
-        "Left out": "".join(_left_out(found)),
+        "Models": _table(_models(found)) + paragraph(MODELS, soft=True),
+        "Selections": "".join(_selections(found, drawn)),
+        "Attention": "".join(_attention(found, drawn)),
+        "Feature space": _features(found, drawn),
+        "Diversity": _diversity(found, drawn),
+        "Left out": _left_out(found),
     }
-    shown = {title: text for title, text in sections.items() if text}
-    links = "".join(f'<a href="#{drawings.slug(title)}">{title}</a>' for title in shown)
-    body = "".join(
-        f'<section><h2 id="{drawings.slug(title)}">{title}</h2>\n{text}</section>\n'
-        for title, text in shown.items()
-    )
     names = ", ".join(of_model.name for of_model in found.measured)
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        f"<title>What the prompts do: {escape(names)}</title>\n<style>{CSS}</style>\n</head>\n"
-        f"<body>\n<h1>What the prompts do</h1>\n<p>{escape(names)} on "
-        f"{len(found.images.names):,} images of {escape(found.images.origin)}.</p>\n"
-        f'<p class="soft">tcpa {tcpa.__version__}, {today}. Everything is computed in float32 '
-        "from the operations of the models, as they evaluate; numbers.json beside this page has "
-        f"every number, figures/ every picture.</p>\n<nav>{links}</nav>\n{body}"
-        f"<script>{SCRIPT}</script>\n</body>\n</html>\n"
+    intro = paragraph(
+        f"{names} on {len(found.images.names):,} images of {found.images.origin}."
+    ) + paragraph(
+        f"tcpa {tcpa.__version__}, {provenance.now()[:10]}. Everything is computed in float32 from "
+        "the operations of the models, as they evaluate; numbers.json beside this page has every "
+        "number, figures/ every picture.",
+        soft=True,
     )
-    return page, drawn
+    return html.page("What the prompts do", intro, sections, style=STYLE, script=SCRIPT), drawn
 
 
-def _models(found: Inspection) -> Iterator[str]:
-    yield _table(tables.models_table(found))
-    yield f'<p class="soft">{escape(tables.MODELS_NOTE)}</p>'
+def _figures(drawn: list[Drawing], new: Iterable[Drawing], *, scrolled: bool = False) -> str:
+    """Show drawings, and keep them."""
+    shown = list(new)
+    drawn += shown
+    return html.figures(shown, scrolled=scrolled)
 
 
-def _selections(found: Inspection, keep: Callable[[Drawing], Drawing]) -> Iterator[str]:
+def _table(shown: TextTable) -> str:
+    return table(shown, caption=shown.title)
+
+
+def _models(found: Inspection) -> TextTable:
+    rows = [
+        [
+            subject.name,
+            subject.source,
+            f"{subject.model.num_trainable:,}" if subject.name != BARE else "0",
+            formatted(subject.accuracy, ".1f"),
+        ]
+        for subject in found.subjects
+    ]
+    header = ["model", "from", "trainable parameters", "accuracy, %"]
+    title = f"What is compared, on {found.backbone}"
+    return TextTable(title=title, header=header, rows=rows, text_columns=2)
+
+
+def _selections(found: Inspection, drawn: list[Drawing]) -> Iterator[str]:
     for of_model in found.measured:
         selected = of_model.selected
         if selected is None:
             continue
-        top_k = selected.found.image.shape[-1]
         entries = selected.found.num_pool[1]
         yield f"<h3>{escape(of_model.name)}</h3>"
-        yield (
-            f"<p>Each patch chooses {top_k} of the {entries} entries of the image pool, those "
-            "whose keys are most like it. Colour and number: the entry that it chose first. The "
-            "last block's patches choose too, although a head that reads the class token alone "
-            "makes no use of it.</p>"
+        yield paragraph(
+            f"Each patch chooses {selected.found.image.shape[-1]} of the {entries} entries of the "
+            "image pool, those whose keys are most like it. Colour and number: the entry that it "
+            "chose first. The last block's patches choose too, although a head that reads the "
+            "class token alone makes no use of it."
         )
         yield legend(entries)
         for number, place in enumerate(found.shown):
             yield f"<h4>{escape(found.images.names[place])}</h4>"
             yield selection_maps(found, of_model, number)
-        for drawing in drawings.selection_drawings(found, of_model):
-            keep(drawing)
-        usage = [keep(drawing) for drawing in drawings.usage_drawings(found, of_model)]
-        figures = "".join(_figure(drawing, wide=True) for drawing in usage)
-        yield f'<div class="grid large">{figures}</div>'
-        change = drawings.change_drawing(of_model)
-        lines = [drawings.overlap_drawing(of_model, selected), *([change] if change else [])]
-        yield _grid([keep(drawing) for drawing in lines])
-        yield _table(tables.selection_table(selected))
-        yield f'<p class="soft">{escape(tables.SELECTION_NOTE)}</p>'
+        drawn += drawings.selection_drawings(found, of_model.name, selected)
+        usage = drawings.usage_drawings(found, of_model.name, selected)
+        # A matrix of many entries is scrolled, not shrunk.
+        yield _figures(drawn, usage, scrolled=True)
+        yield _figures(drawn, drawings.pair_drawings(of_model.name, selected))
+        yield _table(_by_block(selected))
+        yield paragraph(SELECTION, soft=True)
 
 
-def _attention(found: Inspection, keep: Callable[[Drawing], Drawing]) -> Iterator[str]:
+def _by_block(selected: ModelSelection) -> TextTable:
+    cls_entries, entries = selected.found.num_pool
+    limit, cls_limit = (
+        formatted(math.log2(n) if n else None, ".2f") for n in (entries, cls_entries)
+    )
+    image, cls, overlap = selected.image, selected.cls, selected.overlap
+    columns = {
+        f"entropy, bits (of {limit})": (image.entropy, ".2f"),
+        "of first choices, bits": (image.first_entropy, ".2f"),
+        f"dead of {entries}": (image.dead, "d"),
+        f"CLS entropy, bits (of {cls_limit})": (cls.entropy, ".2f"),
+        f"CLS dead of {cls_entries}": (cls.dead, "d"),
+        "overlap of neighbours": (overlap.neighbours, ".3f"),
+        "of any two patches": (overlap.pairs, ".3f"),
+        "by chance": ([overlap.chance] * len(image.dead), ".3f"),
+    }
+    rows = [
+        [str(block + 1), *(format(values[block], how) for values, how in columns.values())]
+        for block in range(len(image.dead))
+    ]
+    return TextTable(title="Selections by block", header=["block", *columns], rows=rows)
+
+
+def _attention(found: Inspection, drawn: list[Drawing]) -> Iterator[str]:
     before = -1
     for number, heading, caption, row in drawings.attention_rows(found):
         if number != before:
@@ -130,84 +145,70 @@ def _attention(found: Inspection, keep: Callable[[Drawing], Drawing]) -> Iterato
             before = number
         if heading:
             yield f"<h4>{escape(heading)}</h4>"
-        images = "".join(_image(keep(drawing)) for drawing in row)
-        yield f'<figure class="row"><div class="grid">{images}</div>'
+        drawn += row
+        yield f'<figure class="row"><div class="figures">{"".join(map(html.image, row))}</div>'
         yield f"<figcaption>{escape(caption)}</figcaption></figure>"
     yield "<h3>How much goes to prompts</h3>"
-    yield _grid([keep(drawings.shares_drawing(found))])
+    yield _figures(drawn, [drawings.shares_drawing(found)])
 
 
-def _features(found: Inspection, keep: Callable[[Drawing], Drawing]) -> Iterator[str]:
-    drawn = [keep(drawing) for drawing in drawings.feature_drawings(found)]
-    if drawn:
-        yield _grid(drawn)
-    if any(of_model.separation for of_model in found.measured):
-        yield _table(tables.separation_table(found))
-        yield f'<p class="soft">{escape(tables.SEPARATION_NOTE)}</p>'
-    else:
-        yield f"<p>{escape(tables.no_separation(found))}</p>"
+def _features(found: Inspection, drawn: list[Drawing]) -> str:
+    maps = _figures(drawn, drawings.feature_drawings(found))
+    rows, first = [], found.measured[0].separation
+    if first is None:
+        reason = "too few images, or all of one class."
+        if found.images.labels is None:
+            reason = "the images have no classes. Put them into a folder per class."
+        return maps + paragraph(f"Class separation does not apply: {reason}")
+    for of_model in found.measured:
+        values = of_model.separation
+        assert values is not None
+        numbers = (values.silhouette, values.knn_accuracy, values.variance_ratio)
+        shown = [format(v, how) for v, how in zip(numbers, (".3f", ".1f", ".3f"), strict=True)]
+        rows.append([of_model.name, *shown])
+    header = ["model", "silhouette", f"{first.neighbours}-NN accuracy, %", "variance ratio"]
+    title = f"Separation of {first.classes} classes, {first.points:,} images"
+    shown = _table(TextTable(title=title, header=header, rows=rows))
+    return maps + shown + paragraph(SEPARATION, soft=True)
 
 
-def _diversity(found: Inspection, keep: Callable[[Drawing], Drawing]) -> Iterator[str]:
-    yield (
-        "<p>Section 4 of the paper argues that prompts which all tokens share confine attention "
-        "to a low rank. Here is what these models do.</p>"
+def _diversity(found: Inspection, drawn: list[Drawing]) -> str:
+    figures = _figures(drawn, drawings.diversity_drawings(found))
+    tables = []
+    for name, (title, ylabel) in DIVERSITY.items():
+        columns = [getattr(of_model.diversity, name) for of_model in found.measured]
+        rows = [
+            [str(block + 1), *(_spread(values[block]) for values in columns)]
+            for block in range(len(columns[0]))
+        ]
+        header = ["block", *(of_model.name for of_model in found.measured)]
+        tables.append(TextTable(title=f"{title} ({ylabel})", header=header, rows=rows))
+    shown = f'<div class="figures">{"".join(map(_table, tables))}</div>\n'
+    note = (
+        f"Mean and standard deviation over {found.diversity_images} images. Prompts add columns to "
+        "the attention matrix, which alone can raise its rank; the rank of the tokens has the same "
+        "bound for all models."
     )
-    yield _grid([keep(drawing) for drawing in drawings.diversity_drawings(found)])
-    shown = "".join(_table(table) for table in tables.diversity_tables(found))
-    yield f'<div class="grid large">{shown}</div>'
-    yield f'<p class="soft">{escape(tables.diversity_note(found))}</p>'
+    return paragraph(DIVERSE) + figures + shown + paragraph(note, soft=True)
 
 
-def _left_out(found: Inspection) -> Iterator[str]:
-    lines = [_inapplicable(of_model) for of_model in found.measured if of_model.selected is None]
-    if found.images.left_out:
-        lines.append(f"{found.images.left_out:,} further images were not read (--max-images).")
-    if lines:
-        yield f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
-    if found.images.skipped:
-        yield _table(tables.skipped_table(found))
+def _spread(values: np.ndarray) -> str:
+    return f"{values.mean():.2f} \N{PLUS-MINUS SIGN} {values.std():.2f}"
 
 
-def _inapplicable(of_model: Measured) -> str:
-    reason = of_model.no_selection or "its patches choose among no prompts"
-    return (
-        f"{of_model.name} has no selection maps, usage, overlap and change of selections: {reason}."
-    )
-
-
-def _grid(drawn: Sequence[Drawing]) -> str:
-    return f'<div class="grid large">{"".join(_figure(drawing) for drawing in drawn)}</div>'
-
-
-def _figure(drawing: Drawing, *, wide: bool = False) -> str:
-    picture = drawing.svg or _image(drawing, fixed=wide)
-    # A matrix of many entries is scrolled, not shrunk.
-    picture = f'<div class="wide">{picture}</div>' if wide else picture
-    caption = f"<figcaption>{escape(drawing.caption)}</figcaption>" if drawing.caption else ""
-    return f'<figure data-name="{drawing.name}">{picture}{caption}</figure>'
-
-
-def _image(drawing: Drawing, *, fixed: bool = False) -> str:
-    # Figures are drawn for 96 pixels an inch and stored finer; bytes 16 to 19 of a PNG are its
-    # width.
-    width = round(int.from_bytes(drawing.png[16:20], "big") * 96 / drawings.DPI)
-    size = f' style="width:{width}px"' if fixed else ""
-    return (
-        f'<img src="{png_url(drawing.png)}" alt="{escape(drawing.alt)}"{size} '
-        f'data-name="{drawing.name}">'
-    )
-
-
-def _table(table: Table) -> str:
-    def line(tag: str, cells: list[str]) -> str:
-        kinds = (' class="text"' if place in table.texts else "" for place in range(len(cells)))
-        row = zip(cells, kinds, strict=True)
-        return "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for cell, kind in row)
-
-    head = line("th", table.header)
-    rows = "".join(f"<tr>{line('td', row)}</tr>" for row in table.rows)
-    return (
-        f'<div class="wide"><table><caption>{escape(table.title)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>\n"
-    )
+def _left_out(found: Inspection) -> str:
+    images = found.images
+    lines = [
+        f"{of_model.name} has no selection maps, usage, overlap and change of selections: "
+        f"{of_model.no_selection}."
+        for of_model in found.measured
+        if of_model.selected is None
+    ]
+    if images.left_out:
+        lines.append(f"{images.left_out:,} further images were not read (--max-images).")
+    if not images.skipped:
+        return bullets(lines)
+    title = f"{len(images.skipped)} images could not be read"
+    rows = [list(skipped) for skipped in images.skipped]
+    unread = TextTable(title=title, header=["file", "reason"], rows=rows, text_columns=2)
+    return bullets(lines) + _table(unread)

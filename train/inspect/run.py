@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from ...cli import UsageError, choose_device
+from ..options.inspect import InspectConfig
 from ..storage import replace_file
-from .config import InspectConfig
 
 PAGE, NUMBERS, FIGURES = "index.html", "numbers.json", "figures"
 PROGRAM = "tcpa inspect"
@@ -83,8 +83,7 @@ def run_inspect(config: InspectConfig) -> Path:
     _write(config.output, files)
     for of_model in found.measured:
         if of_model.selected is None:
-            reason = of_model.no_selection or "its patches choose among no prompts"
-            say(f"{of_model.name}: no selection maps ({reason})")
+            say(f"{of_model.name}: no selection maps ({of_model.no_selection})")
     seconds = time.perf_counter() - start
     say(f"{seconds:.0f} s; {config.output / PAGE}, {NUMBERS}, {len(drawn)} files in {FIGURES}/")
     return config.output / PAGE

@@ -22,13 +22,6 @@ from ..report.runs import SIGNS, finished_result, read_runs
 from ..storage import read_json
 
 BARE = "no prompt"
-METHODS = {
-    tcpa.VPTConfig: lambda c: (
-        "VFPT" if c.fourier_fraction else "VPT-deep" if c.deep else "VPT-shallow"
-    ),
-    tcpa.TCPAConfig: lambda c: "TCPA" if c.coordination == "token" else "R-TCPA",
-    type(None): lambda c: "linear probe",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,14 +298,8 @@ def _names(adapters: Sequence[Adapter], models: Sequence[tcpa.PromptedViT]) -> l
 
 def method_name(model: tcpa.PromptedViT) -> str:
     """Return a short name of what was put on the backbone."""
-    kind = type(model.config)
-    name = METHODS[kind](model.config) if kind in METHODS else kind.__name__.removesuffix("Config")
     others = (model.input_config, model.tuning)
-    extra = [
-        type(part).__name__.removesuffix("Config").removesuffix("Tuning")
-        for part in others
-        if part is not None and type(part) is not tcpa.HeadTuning
-    ]
+    extra = [part.label for part in others if part is not None and part.name != "head"]
     if extra and model.config is None:
         return " + ".join(extra)
-    return " + ".join([name, *extra])
+    return " + ".join([model.config.label if model.config else "linear probe", *extra])

@@ -1,5 +1,6 @@
 """One self-contained HTML page: light and dark, narrow screens, nothing from the network."""
 
+import base64
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -98,9 +99,32 @@ def folded(summary: str, content: str, *, is_open: bool = False) -> str:
     return f"<details{opened}><summary>{escape(summary)}</summary>\n{content}</details>\n"
 
 
-def figure(drawing: "Drawing") -> str:
-    """Return a figure with its caption."""
-    return f"<figure>{drawing.svg}<figcaption>{escape(drawing.caption)}</figcaption></figure>\n"
+def figure(drawing: "Drawing", *, scrolled: bool = False) -> str:
+    """Return a figure with its caption; too wide a one is shrunk, or else `scrolled`."""
+    picture = drawing.svg or image(drawing, fixed=scrolled)
+    picture = f'<div class="wide">{picture}</div>' if scrolled else picture
+    caption = f"<figcaption>{escape(drawing.caption)}</figcaption>" if drawing.caption else ""
+    return f"<figure>{picture}{caption}</figure>\n"
+
+
+def figures(drawings: Iterable["Drawing"], *, scrolled: bool = False) -> str:
+    """Return figures, side by side where there is room."""
+    shown = "".join(figure(drawing, scrolled=scrolled) for drawing in drawings)
+    return f'<div class="figures">{shown}</div>\n' if shown else ""
+
+
+def image(drawing: "Drawing", *, fixed: bool = False) -> str:
+    """Return a figure as pixels, in the size for which it was laid out if `fixed`."""
+    # Bytes 16 to 19 of a PNG are its width.
+    width = round(int.from_bytes(drawing.png[16:20], "big") * 96 / 150)
+    size = f' style="width:{width}px"' if fixed else ""
+    alt, name = escape(drawing.alt), drawing.name
+    return f'<img src="{png_url(drawing.png)}" alt="{alt}" data-name="{name}"{size}>'
+
+
+def png_url(png: bytes) -> str:
+    """Return a PNG as a URL that needs no file."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def table(

@@ -1,12 +1,12 @@
-"""What `tcpa-train inspect` can be asked for. Imports nothing heavy, so that --help is quick."""
+"""Options of `tcpa-train inspect`."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from ...cli import UsageError, require
-from ..options.checks import MAX_SEED
-from ..options.run import Positional
+from .checks import MAX_SEED
+from .run import Positional
 
 EXCLUDED = ("images", "checkpoints", "backbone")
 """Options without a meaning in the demo."""
