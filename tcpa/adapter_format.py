@@ -161,12 +161,15 @@ def backbone_dtype(backbone: nn.Module) -> str:
     return str(vit.input_weight(backbone).dtype).removeprefix("torch.")
 
 
-def checksum(tensors: Mapping[str, Tensor], record: Mapping[str, Any] | None = None) -> str:
+def adapter_checksum(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:
     """Return the SHA-256 of tensors and of what the JSON file says beside it."""
-    digest = hashlib.sha256()
-    if record is not None:
-        rest = {name: value for name, value in record.items() if name != "sha256"}
-        digest.update(json.dumps(rest, sort_keys=True).encode())
+    rest = {name: value for name, value in record.items() if name != "sha256"}
+    return checksum(tensors, json.dumps(rest, sort_keys=True))
+
+
+def checksum(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """Return the SHA-256 of a text and of names, shapes, dtypes and bytes of tensors."""
+    digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
         values: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

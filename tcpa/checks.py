@@ -59,15 +59,10 @@ def require_shape(name: str, value: Tensor, expected: tuple[int, ...], layout: s
     require(tuple(value.shape) == expected, name, got, f"{list(expected)} ({layout})", "check it")
 
 
-def closest(word: object, choices: Iterable[str]) -> str | None:
-    """Return the choice that is spelt most like `word`, if any is near."""
-    return next(iter(difflib.get_close_matches(str(word), list(choices), n=1)), None)
-
-
 def did_you_mean(word: object, choices: Iterable[str], otherwise: str = "") -> str:
     """Return "did you mean 'x'?" with the choice nearest to `word`, or `otherwise`."""
-    near = closest(word, choices)
-    return otherwise if near is None else f"did you mean {near!r}?"
+    near = difflib.get_close_matches(str(word), list(choices), n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise
 
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -18,9 +18,9 @@ from .adapter_format import (
     CHOICES,
     CONFIG_FILE,
     WEIGHTS_FILE,
+    adapter_checksum,
     backbone_dtype,
     backbone_fingerprint,
-    checksum,
     choice_of,
     config_of,
     folder_of,
@@ -144,7 +144,7 @@ def _read_tensors(path: Path, saved: dict[str, Any]) -> dict[str, Tensor]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged ({error}); save the adapter again") from error
-    got, expected = checksum(tensors, saved), saved["sha256"]
+    got, expected = adapter_checksum(tensors, saved), saved["sha256"]
     wanted = f"{expected[:12]} as {CONFIG_FILE} says"
     remedy = "one of the two files was altered or is of another save; save the adapter again"
     require(got == expected, str(path), f"checksum {got[:12]}", wanted, remedy)

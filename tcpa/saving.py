@@ -21,9 +21,9 @@ from .adapter_format import (
     FORMAT,
     FORMAT_VERSION,
     WEIGHTS_FILE,
+    adapter_checksum,
     backbone_dtype,
     backbone_fingerprint,
-    checksum,
     folder_of,
     require_finite,
 )
@@ -63,7 +63,7 @@ def save_pretrained(model: Any, directory: str | os.PathLike[str]) -> None:
     tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     require_finite("model", tensors, "do not save it over a good one; load an earlier adapter")
     record = describe(model)
-    text = json.dumps(record | {"sha256": checksum(tensors, record)}, indent=2) + "\n"
+    text = json.dumps(record | {"sha256": adapter_checksum(tensors, record)}, indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     _replace_files(
         {

@@ -3,11 +3,12 @@
 A command is a configuration (its fields are the options) and a function that takes it.
 """
 
-import difflib
 import importlib
 import sys
 import textwrap
 from typing import Any
+
+from tcpa.checks import did_you_mean
 
 from ..cli import UsageError, command
 from .engine.interruption import Interrupted
@@ -72,8 +73,8 @@ def parse(words: list[str]) -> tuple[str, Any]:
 
     name = " ".join(words[:2]) if words[0] in GROUPS else words[0]
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = did_you_mean(name, COMMANDS)
+        hint = f"; {near}" if near else ""
         group = words[0] if words[0] in GROUPS else ""
         raise UsageError(f"unknown command {name!r}{hint}\n\n{usage(group)}")
     config = tyro.cli(

@@ -5,7 +5,6 @@ a `.pth` state dict as DAM-VP and TCPA use it, or Google's original `.npz`. A fi
 fill the model exactly is refused: a backbone that is loaded in part trains without a word, badly.
 """
 
-import difflib
 import hashlib
 import re
 import zipfile
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from tcpa.adapter_format import backbone_fingerprint
 from tcpa.build import require_covered
+from tcpa.checks import did_you_mean
 
 from ..cli import UsageError, require
 from . import hub
@@ -65,8 +65,7 @@ def model_name(name: str) -> str:
     """
     full = ALIASES.get(name, name)
     if not timm.is_model(full):
-        near = difflib.get_close_matches(full, [*ALIASES, *timm.list_models()], n=1)
-        hint = f"did you mean {near[0]}?" if near else "timm.list_models() lists all"
+        hint = did_you_mean(full, [*ALIASES, *timm.list_models()], "timm.list_models() lists all")
         raise UsageError(
             f"--backbone: got {name!r}, expected {', '.join(ALIASES)} or a timm model; {hint}"
         )

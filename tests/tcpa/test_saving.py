@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import tcpa
 from tcpa import TCPAConfig, VPTConfig, from_pretrained, wrap
-from tcpa.adapter_format import CONFIG_FILE, WEIGHTS_FILE, checksum
+from tcpa.adapter_format import CONFIG_FILE, WEIGHTS_FILE, adapter_checksum
 
 TINY = ARCHITECTURES["vit-tiny"]
 METHODS = {
@@ -189,7 +189,7 @@ def _rewrite(folder, tensors):
     """Write other weights with a right checksum."""
     save_file(tensors, folder / WEIGHTS_FILE)
     record = json.loads((folder / CONFIG_FILE).read_text())
-    _edit(folder, sha256=checksum(tensors, record))
+    _edit(folder, sha256=adapter_checksum(tensors, record))
 
 
 def test_one_altered_byte_is_noticed(saved):

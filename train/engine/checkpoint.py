@@ -4,17 +4,17 @@ A run's folder holds the last checkpoint and the one before it. At any moment at
 is whole: a new one is written beside them, flushed, and only then takes its place.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
+
+from tcpa.adapter_format import checksum
 
 from ...cli import UsageError
 from ..storage import write_whole
@@ -92,13 +92,3 @@ def read_checkpoint(path: Path) -> Checkpoint | str:
     if checksum(tensors, text) != header.get("sha256"):
         return f"{path} was altered (its checksum differs)"
     return Checkpoint(tensors, json.loads(text))
-
-
-def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
-    """Return the SHA-256 over a text and over names, shapes, dtypes and bytes of tensors."""
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-        values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-        digest.update(values)
-    return digest.hexdigest()

@@ -5,7 +5,6 @@ for VFPT + TCPA on the ten HTA datasets alone, and for other methods those that 
 """
 
 import csv
-import difflib
 import io
 import sys
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tcpa
+from tcpa.checks import did_you_mean
 
 from ...cli import require
 from ...methods import INPUT_PROMPTS, TUNINGS
@@ -149,8 +149,7 @@ def recipe(dataset: str, method: str = PUBLISHED_METHOD) -> Recipe:
 
 def require_row(row: str, option: str) -> None:
     """Raise UsageError, for the option that names it, if there is no such row."""
-    near = difflib.get_close_matches(row, METHODS, n=1)
-    hint = f"did you mean {near[0]}?" if near else "choose one of these"
+    hint = did_you_mean(row, METHODS, "choose one of these")
     require(row in METHODS, option, repr(row), " or ".join(METHODS), hint)
 
 
@@ -186,8 +185,7 @@ def decompose(method: str) -> tuple[str, dict[str, str]]:
         usable, words = kind in known, "input-NAME, tuning-NAME or parity"
         require(usable, "--method", repr(part), words, "write ROW_input-NAME_tuning-NAME")
         option = {"input": "--input-prompt", "tuning": "--tuning"}.get(kind, "--method")
-        near = difflib.get_close_matches(name, known[kind], n=1)
-        hint = f"did you mean {near[0]}?" if near else "choose one of these"
+        hint = did_you_mean(name, known[kind], "choose one of these")
         require(name in known[kind], option, repr(name), " or ".join(known[kind]), hint)
         changes[kind] = name
     return row, changes

@@ -1,10 +1,11 @@
 """From what a user asked for to what a run does: the recipe with all options put over it."""
 
 import dataclasses
-import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from tcpa.checks import did_you_mean
 
 from ...cli import UsageError, require
 from ...methods.base import MethodConfig
@@ -139,8 +140,7 @@ def resolve(config: RunConfig) -> RunSpec:
         UsageError: there is no such dataset, an option does not fit the method, or values do not
             fit each other.
     """
-    near = difflib.get_close_matches(config.dataset, NAMES, n=1)
-    hint = f"did you mean {near[0]}?" if near else "choose one of these"
+    hint = did_you_mean(config.dataset, NAMES, "choose one of these")
     known = config.dataset in NAMES
     require(known, "DATASET", repr(config.dataset), ", ".join(NAMES), hint)
     # Now, and not when it is loaded: an earlier run in the folder would be spoken of first.
