@@ -149,7 +149,7 @@ def _edit(folder, **changes):
     [
         ({"format": "peft"}, "got another program's file"),
         ({"format_version": 99}, "got format 99, expected 1"),
-        ({"method": "vp"}, "method: got 'vp', expected 'tcpa' or 'vpt' or 'e2vpt' or"),
+        ({"method": "vp"}, "method: got 'vp', expected .*did you mean 'vpt'"),
         ({"method": None}, "method: got null, expected str"),
         ({"method": "linear"}, "config: got {.*}, expected null for a linear probe"),
         ({"config": {"pool": 3}}, r"config: unknown names \['pool'\]"),
