@@ -10,7 +10,6 @@ COMMANDS = {
     "step": "one step of training or evaluation, every way to compute it",
     "epoch": "seconds per epoch with images from disk, from a cache, from the device",
     "converge": "train with the fast attention and with the reference: the same losses?",
-    "roofline": "estimate a step from FLOPs, bytes and the ceilings of a device",
     "profile": "one step as a trace, by operator, by kind of kernel, and its memory",
     "static": "compile the kernels offline; registers, spills, memory, lower bounds of the time",
     "tune": "measure launches of the kernels on this GPU and write the launch table",

@@ -11,24 +11,23 @@ Then one step is computed again and again: loss and gradients must be equal to t
 Exit status 1: the curves are further apart than orders are, or a repeat differs.
 """
 
-import argparse
 import itertools
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor
 
 from tcpa.dispatch import IMPLS
 
-from ..cli import UsageError, choose_device, command, require
-from .harness.model import build_model, loss_of
+from ..cli import UsageError, choose_device, command
+from .harness.case import StepCase
+from .harness.model import Runner, build_model
+from .harness.options import add_results, parse, step_parser
+from .harness.provider import StepProvider
 from .harness.results import Results, make_rows, provenance
 from .harness.timing import Quantiles
-from .providers.step import StepCase, StepProvider
 
 CLASSES = 16
 IMAGES = 256
@@ -50,18 +49,13 @@ def make_images(case: StepCase, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 def losses(case: StepCase, provider: StepProvider, steps: int, order: int) -> np.ndarray:
     """Train and return the loss of every step, float64 `[steps]`."""
-    model = build_model(case, provider)
-    images, labels = make_images(case, model.backbone.pretrained_cfg["input_size"])
-    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=LEARNING_RATE)
+    runner = Runner(case, provider, learning_rate=LEARNING_RATE)
+    images, labels = make_images(case, runner.model.backbone.pretrained_cfg["input_size"])
     generator = torch.Generator().manual_seed(order)
     found = []
     for _ in range(steps):
         chosen = torch.randint(0, IMAGES, (case.batch,), generator=generator).to(case.device)
-        optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(model, images[chosen], labels[chosen], provider.precision)
-        loss.backward()
-        optimizer.step()
-        found.append(loss.detach())
+        found.append(runner.run(images[chosen], labels[chosen]))
     return torch.stack(found).double().cpu().numpy()
 
 
@@ -77,16 +71,13 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
 
 def equal_repeats(case: StepCase, provider: StepProvider, repeats: int) -> int:
     """Compute one step again and again; return how often all of it was equal to the first time."""
-    model = build_model(case, provider)
-    images, labels = make_images(case, model.backbone.pretrained_cfg["input_size"])
-    images, labels = images[: case.batch], labels[: case.batch]
+    runner = Runner(case, provider)
+    images, labels = make_images(case, runner.model.backbone.pretrained_cfg["input_size"])
 
     def step() -> list[Tensor]:
-        model.zero_grad(set_to_none=True)
-        loss = loss_of(model, images, labels, provider.precision)
-        loss.backward()
-        gradients = (p.grad for p in model.trainable_parameters())
-        return [loss.detach(), *(grad for grad in gradients if grad is not None)]
+        found = runner.step.backward(images[: case.batch], labels[: case.batch])
+        gradients = (p.grad for p in runner.model.trainable_parameters())
+        return [found.losses[0], *(grad for grad in gradients if grad is not None)]
 
     first = step()
     return sum(
@@ -97,23 +88,13 @@ def equal_repeats(case: StepCase, provider: StepProvider, repeats: int) -> int:
 @command("tcpa-bench converge")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
-    default = StepCase()
-    summary = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="tcpa-bench converge", description=summary)
-    parser.add_argument("--model", default=default.model, help="timm name of the backbone")
-    parser.add_argument("--batch", type=int, default=32, help="images a step")
+    parser = step_parser("converge", __doc__, batch=32, device="cuda")
     parser.add_argument("--precision", default="bfloat16", choices=("float32", "bfloat16"))
-    parser.add_argument("--device", default="cuda", help="cuda (default), cuda:1, cpu, ...")
     parser.add_argument("--impl", default="auto", choices=IMPLS, help="what is compared")
     parser.add_argument("--steps", type=int, default=200, help="of every training")
     parser.add_argument("--repeats", type=int, default=100, help="of one step")
-    parser.add_argument("--results", type=Path, help="file to append the results to, JSON lines")
-    options = parser.parse_args(argv)
-    for name, least in (("batch", 1), ("steps", 1), ("repeats", 1)):
-        value = getattr(options, name)
-        require(value >= least, f"--{name}", value, f"at least {least}", "raise it")
-    known, remedy = timm.is_model(options.model), "timm.list_models() lists them"
-    require(known, "--model", repr(options.model), "a timm model", remedy)
+    add_results(parser)
+    options = parse(parser, argv, batch=1, steps=1, repeats=1)
     device = choose_device(options.device)
     case = StepCase(model=options.model, batch=options.batch, device=str(device))
     ours = StepProvider(name="ours", precision=options.precision, impl=options.impl)

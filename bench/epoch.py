@@ -17,7 +17,6 @@ before are kept.
 Exit status 1: a method computes something else. 2: one cannot be measured.
 """
 
-import argparse
 import contextlib
 import itertools
 import statistics
@@ -35,17 +34,22 @@ from torch import Tensor
 
 from tcpa import Savings
 
-from ..cli import choose_device, command
+from ..cli import UsageError, choose_device, command, require
 from ..train.data.speed import cached_photos, write_photos
-from .costs.estimate import TEST_IMAGES, TRAIN_IMAGES
-from .epoch_data import SOURCES, Cached, Files, Pair, Source, resize_of
-from .epoch_runner import checked_runners
-from .harness.check import LeftOut
-from .harness.provider import WrongResultError
+from .harness.case import StepCase
+from .harness.check import ReferenceCache, Skipped, WrongResultError
+from .harness.images import SOURCES, Cached, Files, Pair, Source, resize_of
+from .harness.model import Runner, make_batch, plain_answer
+from .harness.options import add_results, parse, step_parser
+from .harness.provider import StepProvider
 from .harness.results import Provenance, Results, Row, make_rows, provenance
 from .harness.timing import Quantiles
-from .providers.step import StepCase, StepProvider, providers
-from .step import choose
+from .providers.step import providers
+from .step import choose_steps
+
+IMAGES = {"train": 5394, "eval": 5794}
+"""CUB-200-2011 as the official code splits it: 90 % of the training part, and the test part."""
+LEARNING_RATE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +69,58 @@ class Rate:
     """How many times as long as the same method without TCPA it takes, where that is measured."""
 
 
+def checked_runners(
+    case: StepCase, chosen: Sequence[StepProvider], skipped: Skipped
+) -> dict[str, Runner]:
+    """Build all methods, compare what they compute with their plain forms and warm them up.
+
+    Two images say what a batch would, but what is compiled or recorded is so for one size.
+
+    Args:
+        case: model, batch and device; the mode is not looked at.
+        chosen: the methods.
+        skipped: takes those that fail, except for the first.
+
+    Raises:
+        WrongResultError: the first one computes something else.
+        UsageError: it cannot be computed here.
+    """
+    fixed = any(provider.compiled for provider in chosen)
+    size = case.batch if fixed else min(case.batch, 2)
+    cases = [replace(case, mode=mode, batch=size) for mode in ("train", "eval")]
+    references = [ReferenceCache(one, plain_answer) for one in cases]
+    runners: dict[str, Runner] = {}
+    for provider in chosen:
+        try:
+            runner = Runner(case, provider, learning_rate=LEARNING_RATE)
+            for one, reference in zip(cases, references, strict=True):
+                reference.prepare(provider)
+                runner.use(one.mode)
+                reference.check(provider, runner.answer(*make_batch(one, runner.model)))
+            for one in cases:
+                runner.use(one.mode)
+                runner.run(*make_batch(case, runner.model))
+        except Exception as error:
+            # Whatever keeps it from being computed is what the user has to know.
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            if not isinstance(error, WrongResultError):
+                where = f"{provider.name}, --model {case.model} --batch {case.batch}"
+                error = UsageError(f"{where}: {reason}")
+            if provider is chosen[0]:
+                raise error from None
+            skipped.add(error)
+        else:
+            runners[provider.name] = runner
+    return runners
+
+
 def measure(
     case: StepCase,
     chosen: Sequence[StepProvider],
     data: dict[str, Source],
     *,
     rounds: int,
-    left_out: LeftOut,
+    skipped: Skipped,
 ) -> Iterator[Rate]:
     """Measure every method with every source, training and test apart.
 
@@ -80,7 +129,7 @@ def measure(
         chosen: the methods.
         data: images by source.
         rounds: passes over the images for every figure.
-        left_out: takes the methods that fail before anything is measured, except for the first.
+        skipped: takes the methods that fail before anything is measured, except for the first.
 
     Yields:
         One rate per mode, source and method.
@@ -89,7 +138,7 @@ def measure(
         WrongResultError, UsageError: as `checked_runners`.
     """
     device = torch.device(case.device)
-    runners = checked_runners(case, chosen, left_out)
+    runners = checked_runners(case, chosen, skipped)
     chosen = [provider for provider in chosen if provider.name in runners]
     for mode, (source, images) in itertools.product(("train", "eval"), data.items()):
 
@@ -130,8 +179,8 @@ def without_tcpa(provider: StepProvider, chosen: Sequence[StepProvider]) -> Step
     """Return the same method without TCPA in the same form, if it is among the chosen."""
     if provider.base_method is None:
         return None
-    form = replace(provider, name="", method=provider.base_method, expected={})
-    return next((p for p in chosen if replace(p, name="", expected={}) == form), None)
+    form = replace(provider, name="", method=provider.base_method)
+    return next((p for p in chosen if replace(p, name="") == form), None)
 
 
 def images_per_second(
@@ -150,8 +199,7 @@ def images_per_second(
 
 def rows_of(case: StepCase, rate: Rate, images: int, where: Provenance) -> list[Row]:
     """Return the rows of a rate: seconds for CUB's number of images, and the three rates."""
-    total = TRAIN_IMAGES if rate.mode == "train" else TEST_IMAGES
-    seconds = [total / value for value in rate.together]
+    seconds = [IMAGES[rate.mode] / value for value in rate.together]
     figures = {
         ("seconds per epoch", "s"): seconds,
         ("rate with pipeline", "images/s"): rate.together,
@@ -185,14 +233,16 @@ def table(rates: Sequence[Rate], images: int) -> str:
             statistics.median(values) for values in (rate.together, rate.pipeline, rate.model)
         )
         speed = statistics.median(rate.speed)
-        total = TRAIN_IMAGES if rate.mode == "train" else TEST_IMAGES
         cost = "" if rate.cost is None else f"{statistics.median(rate.cost):.2f}x"
         lines.append(
-            f"{rate.provider:<{width}}{rate.source:<8}{rate.mode:<7}{total / together:>9.1f}"
-            f"{speed:>7.2f}x{cost:>8}{together:>10.1f}{pipeline:>10.1f}{model:>10.1f}"
+            f"{rate.provider:<{width}}{rate.source:<8}{rate.mode:<7}"
+            f"{IMAGES[rate.mode] / together:>9.1f}{speed:>7.2f}x{cost:>8}"
+            f"{together:>10.1f}{pipeline:>10.1f}{model:>10.1f}"
         )
-    scaled = "" if images >= TRAIN_IMAGES else f", scaled up from {images} images"
-    lines.append(f"s/epoch: for {TRAIN_IMAGES:,} training, {TEST_IMAGES:,} test images{scaled}")
+    scaled = "" if images >= IMAGES["train"] else f", scaled up from {images} images"
+    lines.append(
+        f"s/epoch: for {IMAGES['train']:,} training, {IMAGES['eval']:,} test images{scaled}"
+    )
     lines.append("pipeline, model: images/s of either alone; speed: against the first provider")
     lines.append("TCPA: time against the same method without TCPA")
     return "\n".join(lines)
@@ -221,39 +271,30 @@ def one_form_each(available: Sequence[StepProvider], precision: str) -> list[Ste
 @command("tcpa-bench epoch")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
-    default = StepCase()
-    summary = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="tcpa-bench epoch", description=summary)
-    parser.add_argument("--model", default=default.model, help="timm name of the backbone")
-    parser.add_argument("--batch", type=int, default=8, help="images a step")
-    parser.add_argument("--images", type=int, default=16, help=f"photos; CUB has {TRAIN_IMAGES:,}")
+    parser = step_parser("epoch", __doc__)
+    text = f"photos; CUB has {IMAGES['train']:,}"
+    parser.add_argument("--images", type=int, default=16, help=text)
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--source", nargs="+", default=list(SOURCES), choices=SOURCES)
     parser.add_argument("--workers", type=int, default=2, help="processes that read files")
     parser.add_argument("--rounds", type=int, default=2, help="passes for every figure")
     parser.add_argument("--provider", nargs="+", default=[], metavar="TEXT", help="only these")
-    parser.add_argument("--results", type=Path, help="file to append the results to, JSON lines")
-    options = parser.parse_args(argv)
-    for name, least in (("batch", 1), ("rounds", 1), ("workers", 0), ("images", options.batch)):
-        if getattr(options, name) < least:
-            what = f"{least}, one --batch" if name == "images" else f"{least}"
-            parser.error(f"--{name}: got {getattr(options, name)}, expected at least {what}")
-    if not timm.is_model(options.model):
-        parser.error(f"--model: timm does not know {options.model!r}; see timm.list_models()")
+    add_results(parser)
+    options = parse(parser, argv, batch=1, rounds=1, workers=0)
+    fits = options.images >= options.batch
+    require(fits, "--images", options.images, f"at least {options.batch}, one --batch", "raise it")
     _, *sides = timm.get_pretrained_cfg_value(options.model, "input_size") or (3, 224, 224)
     size = sides[0]
-    if sides != [size, size]:
-        parser.error(f"--model: {options.model} takes images of {sides}, expected squares")
+    require(sides == [size, size], "--model", f"images of {sides}", "squares", "choose another")
     device = choose_device(options.device)
     case = StepCase(model=options.model, batch=options.batch, device=str(device))
     available = providers(options.precision, device.type)
-    chosen = choose(available, options.provider)
+    chosen = choose_steps(available, options.provider)
     if not options.provider:
         chosen = one_form_each(available, options.precision)
     sources = [s for s in options.source if s != "device" or device.type != "cpu"]
-    if not sources:
-        parser.error("--source: got device with --device cpu, expected disk or cache there")
+    remedy = "name one of them"
+    require(bool(sources), "--source", "device with --device cpu", "disk or cache there", remedy)
     results, where = Results(options.results), provenance(device)
     print(f"{options.model}, batch {options.batch}, {where.device}, torch {where.torch}")
     found: list[Rate] = []
@@ -270,15 +311,15 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 split = cached_photos(paths, Path(folder) / "cache", resize=resize_of(size))
                 data[source] = Cached(split, device, resident=source == "device", **shared)
-        left_out = LeftOut()
+        skipped = Skipped()
         try:
-            for rate in measure(case, chosen, data, rounds=options.rounds, left_out=left_out):
+            for rate in measure(case, chosen, data, rounds=options.rounds, skipped=skipped):
                 found.append(rate)
                 results.add(rows_of(case, rate, options.images, where))
         except WrongResultError as error:
             print(f"tcpa-bench epoch: {error}", file=sys.stderr)
             return 1
-    return left_out.tell("tcpa-bench epoch")
+    return skipped.report("tcpa-bench epoch")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ memory.json   the operators that allocate most, in bytes; on a GPU also memory.p
               of the allocator for pytorch.org/memory_viz
 """
 
-import argparse
+import functools
 import json
 import os
 import sys
@@ -20,14 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
-from ..cli import UsageError, choose_device, command
+from ..cli import UsageError, choose_device, command, require
 from .harness.breakdown import add_up
-from .harness.model import build_model, build_step
-from .providers.step import StepCase, StepProvider, providers
+from .harness.case import StepCase
+from .harness.model import Runner, make_batch
+from .harness.options import parse, step_parser
+from .providers.step import providers
 
 TRACE = "trace"
 WARM_UP = 2
@@ -87,39 +88,20 @@ def allocations(averages: Any, gpu: bool) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: -row["bytes"])
 
 
-def choose_one(available: list[StepProvider], name: str) -> StepProvider:
-    """Return the provider of a name.
-
-    Raises:
-        UsageError: there is none.
-    """
-    for provider in available:
-        if provider.name == name:
-            return provider
-    names = ", ".join(repr(provider.name) for provider in available)
-    raise UsageError(f"--provider: got {name!r}, expected one of {names}; correct it")
-
-
 @command("tcpa-bench profile")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
-    default = StepCase()
-    summary = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="tcpa-bench profile", description=summary)
+    parser = step_parser("profile", __doc__)
     parser.add_argument("--provider", default="tcpa", help="as `tcpa-bench step` names it")
-    parser.add_argument("--model", default=default.model, help="timm name of the backbone")
-    parser.add_argument("--batch", type=int, default=default.batch, help="images a step")
     parser.add_argument("--mode", default="train", choices=("train", "eval"))
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--output", type=Path, default=Path("profile"), help="folder to write")
-    options = parser.parse_args(argv)
-    if options.batch < 1:
-        parser.error(f"--batch: got {options.batch}, expected at least 1")
-    if not timm.is_model(options.model):
-        parser.error(f"--model: timm does not know {options.model!r}; see timm.list_models()")
+    options = parse(parser, argv, batch=1)
     device = choose_device(options.device)
-    provider = choose_one(providers(options.precision, device.type), options.provider)
+    available = {p.name: p for p in providers(options.precision, device.type)}
+    names = ", ".join(map(repr, available))
+    known = options.provider in available
+    require(known, "--provider", repr(options.provider), f"one of {names}", "correct it")
     try:
         (options.output / TRACE).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -129,10 +111,12 @@ def main(argv: list[str] | None = None) -> int:
         ) from None
     case = StepCase(model=options.model, batch=options.batch, mode=options.mode, device=str(device))
     try:
-        step = build_step(case, provider, build_model(case, provider))
+        runner = Runner(case, available[options.provider])
     except ValueError as error:
         raise UsageError(f"--model {options.model}: {error}") from None
-    profile_step(step, device, options.output)
+    runner.use(case.mode)
+    batch = make_batch(case, runner.model)
+    profile_step(functools.partial(runner.run, *batch), device, options.output)
     print((options.output / "kinds.txt").read_text(encoding="utf-8"), end="")
     print(f"wrote {options.output}: trace, operators.txt, kinds.txt, memory.json")
     print(f"to look at it: tensorboard --logdir {options.output / TRACE}")

@@ -3,186 +3,140 @@
 Usage: tcpa-bench step [--device cpu] [--mode train] [--precision float32] [--provider TEXT ...]
 
 Milliseconds a step are medians with their 20th and 80th percentile; images/s follow from them. MFU
-is the share of the rate of a large matrix product, measured in the same run, at which the method's
-model FLOPs are computed, HFU that of the FLOPs which a form really computes (`step_costs`). Peak
-memory is that of a process that runs nothing else: resident set with interpreter and weights on a
-CPU, what the allocator held on a GPU.
+is the fraction of GEMM peak, measured in the same run with a large matrix product, at which the
+method's model FLOPs are computed, HFU that of the FLOPs which a form really computes
+(`costs/step.py`). Peak memory is that of a process that runs nothing else: resident set with
+interpreter and weights on a CPU, what the allocator held on a GPU.
 
---ladder goes from the official algorithm to our fastest form, one change after the other; what each
-was thought to bring stands beside what it brought.
+--ladder goes from the official algorithm to our fastest form, one change after the other.
 
 Every provider lives in a process of its own; the rounds go through the providers in turn, so that a
 noisy machine disturbs all of them alike. A provider whose loss and gradients differ from the plain
-form of its method, computed by the reference, or that cannot be computed here, is left out and
+form of its method, computed by the reference, or that cannot be computed here, is skipped and
 named. When one fails later or the run is interrupted, the figures of the rounds before are printed.
 
 Exit status 1: a provider computes something else. 2: it cannot be measured.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 
-import timm
 import torch
 
 from tcpa import HTA_DATASETS
 
-from ..cli import UsageError, choose_device, command
+from ..cli import choose_device, command
 from .costs import ceilings
-from .hardware import Ceilings
-from .harness.check import Answer, LeftOut, Truths
-from .harness.provider import WrongResultError
-from .harness.results import Provenance, Results, provenance
-from .harness.worker import Worker
-from .providers.step import INPUT, StepCase, StepProvider, ladder, providers
-from .step_costs import predicted_speed, step_cost
-from .step_results import StepResult, rows_of, table
+from .costs.step import flops_of
+from .harness.case import StepCase
+from .harness.check import Skipped, WrongResultError
+from .harness.options import add_results, parse, step_parser
+from .harness.provider import StepProvider, choose
+from .harness.results import Provenance, Results, Row, make_rows, provenance
+from .harness.timing import Quantiles
+from .harness.worker import StepResult, StoppedError, measure
+from .providers.step import ladder, providers
+
+DTYPES = {"float32": "fp32", "float64": "fp64", "autocast": "bf16", "bfloat16": "bf16"}
+"""Precision of a provider -> dtype of its products."""
+
+Utilisation = dict[str, tuple[Quantiles, Quantiles]]
+"""MFU and HFU in percent, by provider."""
 
 
-class StoppedError(Exception):
-    """The measurement ended early, for its cause; `results` hold the rounds before."""
+def utilisation_of(case: StepCase, results: Sequence[StepResult]) -> Utilisation:
+    """Measure the rates of large matrix products and set every result against them.
 
-    def __init__(self, results: list[StepResult]) -> None:
-        super().__init__(f"ended after {len(results[0].seconds)} rounds")
-        self.results = results
-
-
-def measure(
-    case: StepCase,
-    chosen: Sequence[StepProvider],
-    rounds: int,
-    *,
-    kinds: bool = False,
-    left_out: LeftOut | None = None,
-) -> list[StepResult]:
-    """Measure one step.
-
-    Args:
-        case: what to compute.
-        chosen: the ways to compute it; the first one is the yardstick.
-        rounds: timed steps of every provider.
-        kinds: also profile one step of each.
-        left_out: takes providers that fail before the first round, except for the yardstick; None:
-            they raise.
-
-    Returns:
-        One result per provider that is not left out.
-
-    Raises:
-        WrongResultError: a provider's loss or gradients differ from those of its method.
-        UsageError: a provider cannot compute this.
-        StoppedError: it ended early, but not before the first round.
+    A backbone whose FLOPs are not known has none.
     """
-    truths = Truths(case, _in_its_own_process)
-    running: list[Worker] = []
-    errors: list[float] = []
-    trained: list[int] = []
-    try:
-        for provider in chosen:
-            try:
-                truths.prepare(provider)
-                running.append(Worker(case, provider))
-                # One at a time: two first steps at once would fight for the cores.
-                answer = running[-1].answer()
-                errors.append(truths.check(provider, answer))
-            except (UsageError, WrongResultError) as error:
-                if left_out is None or provider is chosen[0]:
-                    raise
-                left_out.add(error)
-                for worker in running[len(errors) :]:
-                    worker.stop()
-                del running[len(errors) :]
-            else:
-                trained.append(answer.trained)
-        return _measure_rounds(running, rounds, errors, trained, kinds)
-    finally:
-        for worker in running:
-            worker.stop()
+    device, peaks, found = torch.device(case.device), dict[str, float](), Utilisation()
+    for result in results:
+        flops, dtype = flops_of(case, result.provider), DTYPES[result.provider.precision]
+        if flops is None:
+            continue
+        if dtype not in peaks:
+            peaks[dtype] = ceilings.measure(device, dtype, seconds=0.5).flops
+        time = Quantiles.of(result.seconds)
+        mfu, hfu = (time.rate(count).scaled(100 / peaks[dtype]) for count in flops)
+        found[result.provider.name] = mfu, hfu
+    return found
 
 
-def _in_its_own_process(case: StepCase, provider: StepProvider) -> Answer:
-    worker = Worker(case, provider, plain=True)
-    try:
-        return worker.answer()
-    finally:
-        worker.stop()
+def rows_of(
+    case: StepCase, results: Sequence[StepResult], used: Utilisation, where: Provenance
+) -> list[Row]:
+    """Return the rows of a measurement: times, rates, memory, ratios to the first provider.
 
-
-def with_costs(case: StepCase, results: Sequence[StepResult]) -> list[StepResult]:
-    """Measure the device's ceilings and set every result against them and the cost model."""
-    device = torch.device(case.device)
-    found: dict[str, Ceilings] = {}
-    for precision in dict.fromkeys(result.provider.precision for result in results):
-        dtype = torch.bfloat16 if precision == "autocast" else INPUT[precision]
-        flops, bandwidth = ceilings.measure(device, dtype, seconds=0.5).rates
-        found[precision] = Ceilings(case.device, flops, bandwidth, "measured in this run")
-    return [
-        replace(
-            result,
-            cost=step_cost(case, result.provider),
-            product_rate=found[result.provider.precision].flops,
-            predicted=predicted_speed(case, results[0].provider, result.provider, found),
+    The operation names the precision that was asked for: the yardstick may have another one, and
+    belongs to its own run.
+    """
+    rows = []
+    first = results[0]
+    base = Quantiles.of(first.seconds).p50
+    for result in results:
+        time = Quantiles.of(result.seconds)
+        memory = result.peak_bytes / first.peak_bytes
+        figures = {
+            ("time", "ms"): time.scaled(1e3),
+            ("rate", "images/s"): time.rate(case.batch),
+            ("peak memory", "MiB"): Quantiles.of([result.peak_bytes / 2**20]),
+            ("speed against the first", "x"): time.rate(base),
+            ("memory against the first", "x"): Quantiles.of([memory]),
+            ("error", "relative"): Quantiles.of([result.error]),
+        }
+        if result.provider.name in used:
+            figures["MFU", "%"], figures["HFU", "%"] = used[result.provider.name]
+        for kind, seconds in result.kinds.items():
+            figures[f"time of {kind}", "ms"] = Quantiles.of([seconds * 1e3])
+        rows += make_rows(
+            figures,
+            where,
+            command="step",
+            operation=f"{case.table} in {case.precision}",
+            shape=f"{case.model}-{case.dataset}-b{case.batch}",
+            dtype=result.provider.precision,
+            mode=case.mode,
+            provider=result.provider.name,
         )
-        for result in results
+    return rows
+
+
+def table(
+    case: StepCase, results: Sequence[StepResult], used: Utilisation, where: Provenance
+) -> str:
+    """Return the table that is printed."""
+    width = max(len(result.provider.name) for result in results) + 2
+    lines = [
+        f"One {case.mode} step, {case.model}, {case.dataset} settings, batch {case.batch}",
+        f"{where.device}, torch {where.torch}, {len(results[0].seconds)} rounds, medians (p20-p80)",
+        f"{'provider':<{width}}{'precision':<10}{'ms':>22}{'speed':>8}"
+        f"{'images/s':>10}{'MFU %':>7}{'HFU %':>7}{'peak MiB':>10}{'memory':>8}{'error':>9}",
     ]
+    base = results[0]
+    for result in results:
+        name, time = result.provider.name, Quantiles.of(result.seconds).scaled(1e3)
+        spread = f" ({time.p20:.0f}-{time.p80:.0f})" if time.samples > 1 else ""
+        speed = Quantiles.of(base.seconds).p50 * 1e3 / time.p50
+        mfu, hfu = (f"{one.p50:.0f}" for one in used[name]) if name in used else ("", "")
+        lines.append(
+            f"{name:<{width}}{result.provider.precision:<10}{f'{time.p50:.0f}{spread}':>22}"
+            f"{speed:>7.2f}x{1e3 * case.batch / time.p50:>10.1f}{mfu:>7}{hfu:>7}"
+            f"{result.peak_bytes / 2**20:>10.0f}"
+            f"{result.peak_bytes / base.peak_bytes:>7.2f}x{result.error:>9.0e}"
+        )
+    kinds = next((list(result.kinds) for result in results if result.kinds), [])
+    if kinds:
+        lines += ["", "ms by kind of kernel, one step under the profiler"]
+        lines.append(f"{'provider':<{width}}" + "".join(f"{kind:>18}" for kind in kinds))
+        for result in results:
+            times = "".join(f"{1e3 * result.kinds[kind]:>18.1f}" for kind in kinds)
+            lines.append(f"{result.provider.name:<{width}}{times}")
+    return "\n".join(lines)
 
 
-def _measure_rounds(
-    running: list[Worker],
-    rounds: int,
-    errors: list[float],
-    trained: list[int],
-    kinds: bool = False,
-) -> list[StepResult]:
-    """Go through the providers in turn, as often as asked for."""
-    done: list[list[tuple[float, float]]] = []
-    profiles: list[dict[str, float]] = [{} for _ in running]
-
-    def results() -> list[StepResult]:
-        return [
-            StepResult(
-                provider=worker.provider,
-                seconds=[measured[index][0] for measured in done],
-                peak_bytes=done[-1][index][1],
-                error=errors[index],
-                trained=trained[index],
-                kinds=profiles[index],
-            )
-            for index, worker in enumerate(running)
-        ]
-
-    try:
-        for _ in range(rounds):
-            done.append([worker.step() for worker in running])
-        if kinds:
-            profiles = [worker.kinds() for worker in running]
-    except (KeyboardInterrupt, UsageError) as error:
-        if not done:
-            raise
-        raise StoppedError(results()) from error
-    return results()
-
-
-def choose(available: Sequence[StepProvider], texts: Sequence[str]) -> list[StepProvider]:
-    """Return the providers that are named, in full or else in part; the yardstick is the first.
-
-    Raises:
-        UsageError: a text fits none.
-    """
-    wanted: set[str] = set()
-    for text in texts:
-        names = [provider.name for provider in available]
-        exact = {name for name in names if name.lower() == text.lower()}
-        found = exact or {name for name in names if text.lower() in name.lower()}
-        if not found:
-            known = ", ".join(map(repr, names))
-            raise UsageError(
-                f"--provider: got {text!r}, expected a part of one of {known}; correct it"
-            )
-        wanted |= found
+def choose_steps(available: Sequence[StepProvider], texts: Sequence[str]) -> list[StepProvider]:
+    """Return the yardstick, which is the first, and the providers that are named, or all."""
+    wanted = choose(texts, (provider.name for provider in available))
     first, *rest = available
     return [first, *(p for p in rest if not texts or p.name in wanted)]
 
@@ -190,38 +144,21 @@ def choose(available: Sequence[StepProvider], texts: Sequence[str]) -> list[Step
 @command("tcpa-bench step")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
-    default = StepCase()
-    summary = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="tcpa-bench step", description=summary)
-    parser.add_argument("--model", default=default.model, help="timm name of the backbone")
-    parser.add_argument("--dataset", default=default.dataset, choices=HTA_DATASETS)
-    parser.add_argument("--batch", type=int, default=default.batch, help="images a step")
-    parser.add_argument("--mode", default=default.mode, choices=("train", "eval"))
-    parser.add_argument(
-        "--precision", default="float32", choices=("float32", "bfloat16", "float64")
-    )
-    parser.add_argument("--device", default=default.device, help="cpu (default), cuda, cuda:1, ...")
+    parser = step_parser("step", __doc__)
+    parser.add_argument("--dataset", default=StepCase().dataset, choices=HTA_DATASETS)
+    parser.add_argument("--mode", default="train", choices=("train", "eval"))
+    precisions = ("float32", "bfloat16", "float64")
+    parser.add_argument("--precision", default="float32", choices=precisions)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps per provider")
-    parser.add_argument(
-        "--provider",
-        nargs="+",
-        default=[],
-        metavar="TEXT",
-        help="only these, by name or a part of it",
-    )
-    parser.add_argument(
-        "--all", action="store_true", help="prompts on images, too, and on a CPU what is compiled"
-    )
+    text = "only these, by name or a part of it"
+    parser.add_argument("--provider", nargs="+", default=[], metavar="TEXT", help=text)
+    text = "prompts on images, too, and on a CPU what is compiled"
+    parser.add_argument("--all", action="store_true", help=text)
     parser.add_argument("--ladder", action="store_true", help="one change after the other")
     parser.add_argument("--kinds", action="store_true", help="also: time by kind of kernel")
-    parser.add_argument("--results", type=Path, help="file to append the results to, JSON lines")
-    options = parser.parse_args(argv)
-    for name, least in (("batch", 1), ("rounds", 1), ("threads", 0)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name}: got {getattr(options, name)}, expected at least {least}")
-    if not timm.is_model(options.model):
-        parser.error(f"--model: timm does not know {options.model!r}; see timm.list_models()")
+    add_results(parser)
+    options = parse(parser, argv, batch=1, rounds=1, threads=0)
     device = choose_device(options.device)
     case = StepCase(
         model=options.model,
@@ -234,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         table="ladder" if options.ladder else "step",
     )
     available = (ladder if options.ladder else providers)(options.precision, device.type)
-    chosen = choose(list(available), options.provider)
+    chosen = choose_steps(list(available), options.provider)
     if not options.all and not options.provider:
         chosen = [p for p in chosen if p.input_prompt is None]
         if device.type == "cpu":
@@ -242,27 +179,24 @@ def main(argv: list[str] | None = None) -> int:
     results = Results(options.results)
     if options.threads:
         torch.set_num_threads(options.threads)
-    where, left_out = provenance(device), LeftOut()
+    where, skipped = provenance(device), Skipped()
+    stopped = None
     try:
-        found = measure(case, chosen, options.rounds, kinds=options.kinds, left_out=left_out)
+        found = measure(case, chosen, options.rounds, kinds=options.kinds, skipped=skipped)
     except WrongResultError as error:
         print(f"tcpa-bench step: {error}", file=sys.stderr)
         return 1
-    except StoppedError as stopped:
-        _hand_out(case, stopped.results, results, where)
-        left_out.tell("tcpa-bench step")
-        raise (stopped.__cause__ or stopped) from None
-    _hand_out(case, found, results, where)
-    return left_out.tell("tcpa-bench step")
-
-
-def _hand_out(case: StepCase, found: list[StepResult], results: Results, where: Provenance) -> None:
-    """Print the table, then write the file; neither keeps the other from being made."""
-    found = with_costs(case, found)
+    except StoppedError as error:
+        stopped, found = error, error.results
+    used = utilisation_of(case, found)
     try:
-        print(table(case, found, where), flush=True)
+        print(table(case, found, used, where), flush=True)
     finally:
-        results.add(rows_of(case, found, where))
+        results.add(rows_of(case, found, used, where))
+    status = skipped.report("tcpa-bench step")
+    if stopped is not None:
+        raise (stopped.__cause__ or stopped) from None
+    return status
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
 """FLOPs and bytes of the operations, from formulas. A multiply-add counts as two FLOPs.
 
 Bytes are what has to cross the memory bus at least: every input read once, every output written
-once. Times that follow from them are lower bounds.
+once.
 """
 
 from dataclasses import dataclass
 
-from ..harness.case import Shape
-
-ITEM = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-"""Bytes of an element."""
+from ..harness.case import DTYPES, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +20,8 @@ class Cost:
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
-    def times(self, factor: float) -> "Cost":
-        """Return the work of `factor` calls."""
-        return Cost(self.flops * factor, self.bytes * factor)
-
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """Return the lower bound of the time: arithmetic and memory, whichever takes longer."""
+        """Return what arithmetic or memory, whichever takes longer, takes at these rates."""
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 
@@ -40,7 +33,7 @@ def gated_attention(shape: Shape, dtype: str, mode: str) -> Cost:
     """
     vit, tokens, prompts = shape.vit, shape.tokens, shape.prompts
     product = 2.0 * shape.batch * vit.heads * tokens * (tokens + prompts) * vit.head_dim
-    item = ITEM[dtype]
+    item = DTYPES[dtype].itemsize
     rows = shape.batch * tokens * vit.width * item
     own = shape.batch if shape.per_sample else 1
     prompt_rows = own * prompts * vit.width * item
@@ -57,9 +50,9 @@ def match_prompts(shape: Shape, dtype: str, mode: str) -> Cost:
     Forward: one product with the keys of both pools; x read, gate words written. Backward: one
     product for x, one for the keys; x read, its gradient written.
     """
-    vit, entries, item = shape.vit, shape.prompts, ITEM[dtype]
+    vit, entries = shape.vit, shape.prompts
     product = 2.0 * shape.batch * shape.tokens * vit.width * entries
-    rows = shape.batch * shape.tokens * vit.width * item
+    rows = shape.batch * shape.tokens * vit.width * DTYPES[dtype].itemsize
     words = 4.0 * shape.batch * shape.tokens * -(-entries // 32)
     keys = 4.0 * entries * vit.width
     forward = Cost(product, rows + words + keys)
@@ -72,7 +65,7 @@ def norm_match(shape: Shape, dtype: str, mode: str) -> Cost:
 
     Forward: they are written. Backward: their gradient is read.
     """
-    rows = shape.batch * shape.tokens * shape.vit.width * ITEM[dtype]
+    rows = shape.batch * shape.tokens * shape.vit.width * DTYPES[dtype].itemsize
     count = 2 if mode == "both" else 1
     return match_prompts(shape, dtype, mode) + Cost(0.0, float(count * rows))
 

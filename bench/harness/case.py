@@ -1,4 +1,4 @@
-"""Shapes to measure: named models, images and prompts.
+"""What is measured: shapes of operations, and steps.
 
 A shape's name tells all of it: `b16-224-p36-b128` is ViT-B/16 at 224 pixels with 36 prompt rows
 shared by a batch of 128; `...-p36s-...` has prompts of their own per sample.
@@ -8,7 +8,18 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
+from tcpa import HTA_DATASETS
+
 from ...cli import UsageError
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,3 +142,29 @@ def small_shapes() -> list[Shape]:
         Shape("s16", 384, 36, 2),
         Shape("dinov2_s14", 224, 36, 4),
     ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepCase:
+    """What one step computes."""
+
+    model: str = "vit_base_patch16_224"
+    """timm name of the backbone; weights are random."""
+    dataset: str = "cub"
+    """Whose official settings to use, without the image prompt."""
+    batch: int = 8
+    """Images a step."""
+    mode: str = "train"
+    """"train": forward, backward, optimiser. "eval": forward without gradients."""
+    device: str = "cpu"
+
+    precision: str = "float32"
+    """Precision of the run, for the record; every provider has its own."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's default."""
+    table: str = "step"
+    """"step": methods and forms side by side. "ladder": one change after the other."""
+
+    def __post_init__(self) -> None:
+        if self.dataset not in HTA_DATASETS:
+            raise ValueError(f"dataset: got {self.dataset!r}, expected one of {HTA_DATASETS}")

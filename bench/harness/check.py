@@ -1,29 +1,32 @@
-"""Whether a provider of a step computes what its method does: loss, logits and gradients."""
+"""The check that every provider passes before it gets a figure."""
 
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tcpa import Savings
 
-from ..providers.step import StepCase, StepProvider
-from .model import build_model, loss_of, make_batch, run_model
-from .provider import WrongResultError
+from .case import StepCase
+from .provider import StepProvider, Tensors
 
-FLOOR = {"float64": 1e-9, "float32": 1e-3, "autocast": 1e-3, "bfloat16": 1e-3}
-"""Relative error that a precision may always have."""
+FLOOR = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 16, torch.float64: 64}
+"""Units in the last place that an error may have beyond twice that of the plain reference: fused
+CPU kernels have a fast exponential, and in float64 the reference itself is the truth."""
+STEP_FLOOR = {"float64": 1e-9, "float32": 1e-3, "autocast": 1e-3, "bfloat16": 1e-3}
+"""Relative error that a step in a precision may always have."""
 
-JUDGE_CHUNK = 8
-"""Images that the judge computes at once, so that its memory does not grow with the batch."""
+
+class WrongResultError(RuntimeError):
+    """A provider computes something else; it gets no figure."""
 
 
-class LeftOut:
-    """Providers that are not measured, and why: one that fails is no reason to lose the others."""
+class Skipped:
+    """Providers that are skipped, and why: one that fails is no reason to lose the others."""
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
@@ -35,11 +38,44 @@ class LeftOut:
         self.reasons.append(str(reason))
         self.status = 1 if isinstance(reason, WrongResultError) or self.status == 1 else 2
 
-    def tell(self, program: str) -> int:
+    def report(self, program: str) -> int:
         """Print the reasons and return the exit status."""
         for reason in self.reasons:
             print(f"{program}: left out: {reason}", file=sys.stderr)
         return self.status
+
+
+def compare(found: Tensors, exact: Tensors, plain: Tensors) -> None:
+    """Hold results against the float64 reference.
+
+    Both the largest and the root-mean-square error of every result, relative to the truth's, are at
+    most twice that of the plain reference at the same precision, plus `FLOOR`.
+
+    Raises:
+        WrongResultError: a result is missing or wrong; the message names it.
+    """
+    for name, truth in exact.items():
+        if name not in found or found[name].shape != truth.shape:
+            got = list(found[name].shape) if name in found else "nothing"
+            raise WrongResultError(f"{name}: got {got}, expected {list(truth.shape)}")
+        floor = FLOOR[plain[name].dtype] * torch.finfo(plain[name].dtype).eps
+        errors, allowed = _errors(found[name], truth), _errors(plain[name], truth)
+        for kind, error in errors.items():
+            limit = 2 * allowed[kind] + floor
+            # NaN is not at most anything.
+            if not error <= limit:
+                raise WrongResultError(f"{name}: {kind} error {error:.1e}, allowed {limit:.1e}")
+
+
+def _errors(found: Tensor, truth: Tensor) -> dict[str, float]:
+    if not truth.numel():
+        return {}
+    difference = found.detach().double() - truth
+    errors = {
+        "largest": difference.abs().max() / truth.abs().max().clamp_min(1e-30),
+        "mean": difference.norm() / truth.norm().clamp_min(1e-30),
+    }
+    return {kind: error.item() for kind, error in errors.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,67 +84,19 @@ class Answer:
 
     values: dict[str, np.ndarray]
     """float32 or float64, by name."""
-    trained: int
-    """Trained values of the model."""
 
 
-def answer_of(case: StepCase, model: Any, result: torch.Tensor) -> Answer:
-    """Collect what a step computed.
-
-    Args:
-        case: what it was to compute.
-        model: with the gradients in its parameters.
-        result: the loss or the logits.
-    """
-    if case.mode == "eval":
-        return Answer({"logits": _array(result)}, model.num_trainable)
-    gradients = {
-        name: _array(p.grad)
-        for name, p in model.trainable_named_parameters().items()
-        if p.grad is not None
-    }
-    return Answer({"loss": _array(result), **gradients}, model.num_trainable)
-
-
-def plain_answer(case: StepCase, provider: StepProvider) -> Answer:
-    """Compute a step without an optimiser, a few images at a time.
-
-    Loss and match distance are means over the images, so means over equal parts are the same.
-    """
-    model = build_model(case, provider)
-    images, labels = make_batch(case, model)
-    chunks = list(zip(images.split(JUDGE_CHUNK), labels.split(JUDGE_CHUNK), strict=True))
-    if case.mode == "eval":
-        model.eval()
-        with torch.no_grad():
-            logits = [run_model(model, part, provider.precision) for part, _ in chunks]
-        return answer_of(case, model, torch.cat(logits))
-    loss = torch.zeros((), dtype=torch.float64, device=images.device)
-    for part, truth in chunks:
-        share = loss_of(model, part, truth, provider.precision) * (len(part) / len(images))
-        share.backward()
-        loss += share.detach()
-    return answer_of(case, model, loss)
-
-
-class Truths:
+class ReferenceCache:
     """What the plain form of every method computes, and how far off plain low precision is."""
 
-    def __init__(
-        self, case: StepCase, compute: Callable[[StepCase, StepProvider], Answer] = plain_answer
-    ) -> None:
-        """Compute nothing yet.
-
-        Args:
-            case: what is computed.
-            compute: how the plain forms are.
-        """
+    def __init__(self, case: StepCase, compute: Callable[[StepCase, StepProvider], Answer]) -> None:
+        """Compute nothing yet; `compute` runs a plain form."""
         self._case, self._compute = case, compute
         self._answers: dict[tuple[str, str], Answer] = {}
 
     def prepare(self, provider: StepProvider) -> None:
         """Compute what a provider will be checked against."""
-        for precision in self._precisions(provider):
+        for precision in _reference_precisions(provider):
             key = provider.method, precision
             if key not in self._answers:
                 plain = StepProvider(
@@ -120,12 +108,6 @@ class Truths:
                 )
                 self._answers[key] = self._compute(self._case, plain)
 
-    @staticmethod
-    def _precisions(provider: StepProvider) -> tuple[str, ...]:
-        if provider.precision in ("float32", "float64"):
-            return (provider.precision,)
-        return "float32", "autocast"
-
     def check(self, provider: StepProvider, answer: Answer) -> float:
         """Return a provider's error.
 
@@ -134,15 +116,22 @@ class Truths:
         Raises:
             WrongResultError: it is too large.
         """
-        exact, *low = (self._answers[provider.method, p] for p in self._precisions(provider))
+        precisions = _reference_precisions(provider)
+        exact, *low = (self._answers[provider.method, precision] for precision in precisions)
         error = largest_error(answer, exact)
-        allowed = FLOOR[provider.precision] + (2 * largest_error(low[0], exact) if low else 0.0)
+        low_error = 2 * largest_error(low[0], exact) if low else 0.0
+        allowed = STEP_FLOOR[provider.precision] + low_error
         if not error <= allowed:
             raise WrongResultError(
                 f"provider {provider.name!r} differs from the plain form of its method by "
                 f"{error:.1e} (allowed {allowed:.0e}); no figures of a wrong result"
             )
         return error
+
+
+def _reference_precisions(provider: StepProvider) -> tuple[str, ...]:
+    exact = provider.precision in ("float32", "float64")
+    return (provider.precision,) if exact else ("float32", "autocast")
 
 
 def largest_error(answer: Answer, exact: Answer) -> float:
@@ -158,9 +147,3 @@ def largest_error(answer: Answer, exact: Answer) -> float:
     ]
     # NaN compares as neither larger nor smaller: it has to be looked for.
     return math.nan if any(map(math.isnan, errors)) else max(errors)
-
-
-def _array(tensor: torch.Tensor | None) -> np.ndarray:
-    assert tensor is not None
-    exact = tensor.detach().cpu()
-    return (exact if exact.dtype == torch.float64 else exact.float()).numpy().copy()

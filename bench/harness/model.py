@@ -1,20 +1,31 @@
-"""The model and the step of a provider of `tcpa-bench step`."""
+"""The model of a provider, its step, which is the training program's own, and what it computes."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tcpa import DAMVPConfig, PromptConfig, PromptedViT, TCPAConfig, VPTConfig, vit, wrap
+from tcpa import PromptConfig, PromptedViT, TCPAConfig, VPTConfig, vit, wrap
 
-from ..providers.step import CLUSTERS, INPUT, INPUT_PROMPTS, StepCase, StepProvider
+from ...train.engine.precision import NUMERICS, Numerics
+from ...train.engine.step import Step, losses
+from .case import StepCase
+from .check import Answer
+from .provider import CLUSTERS, INPUT_PROMPTS, StepProvider
 
-MATCH_WEIGHT = 0.01
+PRECISIONS = {
+    "float32": NUMERICS["fp32"],
+    "autocast": NUMERICS["bf16-autocast"],
+    "bfloat16": NUMERICS["bf16"],
+    "float64": Numerics("fp64", weights=torch.float64),
+}
 NUM_CLASSES = 200
+CHUNK = 8
+"""Images of which a plain form computes the step at once: its memory is not to grow with the batch.
+"""
 
 
 def config_of(case: StepCase, method: str) -> PromptConfig | None:
@@ -56,7 +67,7 @@ def build_model(case: StepCase, provider: StepProvider) -> PromptedViT:
         savings=provider.savings,
         impl=provider.impl,
     )
-    if isinstance(provider.input_prompt, DAMVPConfig):
+    if model.input_prompt is not None and model.input_prompt.clustered:
         # Before anything is rounded: all forms are to have the same clusters.
         images = make_batch(replace(case, batch=CLUSTERS, device="cpu"), model)[0]
         model.fit_clusters(images.to(vit.input_weight(model.backbone).dtype))
@@ -97,7 +108,7 @@ def make_batch(case: StepCase, model: PromptedViT) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     size = model.backbone.pretrained_cfg["input_size"]
     images = torch.randn(case.batch, *size, generator=generator)
-    if isinstance(model.input_config, DAMVPConfig):
+    if model.input_prompt is not None and model.input_prompt.clustered:
         kind = torch.arange(case.batch) % CLUSTERS
         signs = [1.0 - 2.0 * ((kind >> channel) & 1) for channel in range(size[0])]
         colours = torch.stack(signs, dim=1) * (1.0 + (kind >> 3))[:, None]
@@ -106,67 +117,92 @@ def make_batch(case: StepCase, model: PromptedViT) -> tuple[Tensor, Tensor]:
     return images.to(case.device), labels.to(case.device)
 
 
-def run_model(model: nn.Module, images: Tensor, precision: str, **options: bool) -> Any:
+class Runner:
+    """A provider's model with its step, for training and evaluation."""
+
+    def __init__(
+        self, case: StepCase, provider: StepProvider, *, learning_rate: float = 0.0
+    ) -> None:
+        """Build the model; a rate of zero keeps every step at the same point."""
+        self.model = build_model(case, provider)
+        self.numerics = PRECISIONS[provider.precision]
+        self._module: Any = torch.compile(self.model) if provider.compiled else self.model
+        optimizer = torch.optim.AdamW(
+            self.model.trainable_parameters(),
+            lr=learning_rate,
+            fused=True,
+            capturable=provider.graph,
+        )
+        self.step = Step(
+            self.model,
+            optimizer,
+            numerics=self.numerics,
+            module=self._module,
+            graph=provider.graph,
+        )
+
+    def use(self, mode: str) -> None:
+        """Switch to "train" or "eval"."""
+        self.model.train(mode == "train")
+        self.model.set_epoch(0)
+
+    def run(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Train or test on a batch; return the loss or the logits."""
+        if self.model.training:
+            return self.step(images, labels).losses[0]
+        with torch.inference_mode():
+            return evaluate(self._module, images, self.numerics)
+
+    def answer(self, images: Tensor, labels: Tensor) -> Answer:
+        """Compute loss and gradients, or logits, and change nothing."""
+        if not self.model.training:
+            return answer_of(self.model, self.run(images, labels))
+        found = answer_of(self.model, self.step.backward(images, labels).losses[0])
+        self.model.zero_grad(set_to_none=True)
+        return found
+
+
+def evaluate(module: nn.Module, images: Tensor, numerics: Numerics, **options: bool) -> Any:
     """Run a model in a precision."""
-    enabled = precision == "autocast"
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=enabled):
-        return model(images.to(INPUT[precision]), **options)
+    with numerics.context(images.device):
+        return module(images.to(numerics.weights), **options)
 
 
-def loss_of(model: nn.Module, images: Tensor, labels: Tensor, precision: str) -> Tensor:
-    """Return the loss, float32 or better: cross-entropy and the weighted match distance."""
-    logits, distance = run_model(model, images, precision, return_distance=True)
-    logits = logits if precision == "float64" else logits.float()
-    return F.cross_entropy(logits, labels) + MATCH_WEIGHT * distance
+def answer_of(model: PromptedViT, result: Tensor) -> Answer:
+    """Collect the loss and the gradients in a model's parameters, or the logits."""
+    if not model.training:
+        return Answer({"logits": _array(result)})
+    gradients = {
+        name: _array(parameter.grad)
+        for name, parameter in model.trainable_named_parameters().items()
+        if parameter.grad is not None
+    }
+    return Answer({"loss": _array(result), **gradients})
 
 
-def build_step(case: StepCase, provider: StepProvider, model: PromptedViT) -> Callable[[], Tensor]:
-    """Return a function that runs one step and returns the loss (train) or the logits (eval).
+def plain_answer(case: StepCase, provider: StepProvider) -> Answer:
+    """Compute a step without an optimizer, a few images at a time.
 
-    The gradients of a training step are left in the parameters.
+    Loss and match distance are means over the images, so means over equal parts are the same.
     """
+    model, numerics = build_model(case, provider), PRECISIONS[provider.precision]
     images, labels = make_batch(case, model)
-    run: Any = torch.compile(model) if provider.compiled else model
+    chunks = list(zip(images.split(CHUNK), labels.split(CHUNK), strict=True))
     if case.mode == "eval":
         model.eval()
-
-        @torch.inference_mode()
-        def evaluate() -> Tensor:
-            return run_model(run, images, provider.precision)
-
-        return evaluate
-    # A zero learning rate keeps every step at the same point; AdamW still does its work.
-    options: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0, "capturable": provider.graph}
-    optimizer = torch.optim.AdamW(model.trainable_parameters(), **options)
-
-    def train() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(run, images, labels, provider.precision)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return capture(train) if provider.graph else train
+        with torch.no_grad():
+            logits = [evaluate(model, part, numerics) for part, _ in chunks]
+        return answer_of(model, torch.cat(logits))
+    loss = torch.zeros((), dtype=torch.float64, device=images.device)
+    weight = 0.0 if model.config is None else model.config.match_weight
+    for part, targets in chunks:
+        found = evaluate(model, part, numerics, return_distance=True)
+        share = losses(*found, targets, weight)[0] * (len(part) / len(images))
+        share.backward()
+        loss += share.detach()
+    return answer_of(model, loss)
 
 
-def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Record a step as a CUDA graph and return a function that replays it.
-
-    The step is run three times before, on a stream of its own, as capture demands; it must not wait
-    for the device, and its inputs must stay where they are.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return result
-
-    return replay
+def _array(tensor: Tensor) -> np.ndarray:
+    exact = tensor.detach().cpu()
+    return (exact if exact.dtype == torch.float64 else exact.float()).numpy().copy()

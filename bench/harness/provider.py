@@ -1,32 +1,22 @@
-"""What a provider of the race is, and the check that it passes before it is timed."""
+"""What a provider is: one way to compute an operation, or the step of a method."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ... import kernels
-from .case import Shape
+from tcpa import AutoVPConfig, DAMVPConfig, InputConfig, Savings, VPConfig
+from tcpa.dispatch import Impl
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
-FLOOR = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 16, torch.float64: 64}
-"""Units in the last place that an error may have beyond twice that of the plain reference: fused
-CPU kernels have a fast exponential, and in float64 the reference itself is the truth."""
+from ... import kernels
+from ...cli import UsageError
+from .case import DTYPES, Shape
 
 Tensors = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]
 Mode = Literal["forward", "backward", "both"]
-
-
-class WrongResultError(RuntimeError):
-    """A provider computes something else; it gets no figure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,39 +95,6 @@ class Provider:
         return self.reason(device)
 
 
-def compare(found: Tensors, exact: Tensors, plain: Tensors) -> None:
-    """Hold results against the float64 reference.
-
-    Both the largest and the root-mean-square error of every result, relative to the truth's, are at
-    most twice that of the plain reference at the same precision, plus `FLOOR`.
-
-    Raises:
-        WrongResultError: a result is missing or wrong; the message names it.
-    """
-    for name, truth in exact.items():
-        if name not in found or found[name].shape != truth.shape:
-            got = list(found[name].shape) if name in found else "nothing"
-            raise WrongResultError(f"{name}: got {got}, expected {list(truth.shape)}")
-        floor = FLOOR[plain[name].dtype] * torch.finfo(plain[name].dtype).eps
-        errors, allowed = _errors(found[name], truth), _errors(plain[name], truth)
-        for kind, error in errors.items():
-            limit = 2 * allowed[kind] + floor
-            # NaN is not at most anything.
-            if not error <= limit:
-                raise WrongResultError(f"{name}: {kind} error {error:.1e}, allowed {limit:.1e}")
-
-
-def _errors(found: Tensor, truth: Tensor) -> dict[str, float]:
-    if not truth.numel():
-        return {}
-    difference = found.detach().double() - truth
-    errors = {
-        "largest": difference.abs().max() / truth.abs().max().clamp_min(1e-30),
-        "mean": difference.norm() / truth.norm().clamp_min(1e-30),
-    }
-    return {kind: error.item() for kind, error in errors.items()}
-
-
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile for the one shape of a case."""
     return torch.compile(function, fullgraph=True, dynamic=False)
@@ -154,3 +111,68 @@ def no_kernels(device: torch.device) -> str | None:
     )
     reason = kernels.unavailable_reason(device)
     return interpreted if reason is None and device.type == "cpu" else reason
+
+
+CLUSTERS = 16
+"""Clusters of DAM-VP."""
+
+INPUT_PROMPTS: dict[str, InputConfig] = {
+    "vp": VPConfig(),
+    "dam-vp": DAMVPConfig(num_clusters=CLUSTERS),
+    "autovp": AutoVPConfig(),
+}
+"""Method -> what it does to the image; with "+tcpa" behind its name, TCPA's prompts come on top."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepProvider:
+    """One way to compute the step of one method."""
+
+    name: str
+    method: str = "tcpa"
+    """"tcpa" (on Fourier prompts), "vpt+tcpa", "vpt-deep", "vfpt": all with as many prompt rows.
+    Those of `INPUT_PROMPTS`, with "+tcpa" or without. The frozen backbone without prompts: "linear"
+    or, with the gradients of all tokens as if there were prompts, "linear-backward"."""
+    precision: str = "float32"
+    """float32 and float64: everything. autocast: bfloat16 over float32 weights. bfloat16: frozen
+    weights and residual stream are stored in it, prompts and head in float32."""
+    savings: Savings = field(default_factory=Savings)
+    impl: Impl = "auto"
+    compiled: bool = False
+    """Under torch.compile."""
+    folded: bool = False
+    """Scale and shift of every frozen LayerNorm moved into the frozen layer behind it."""
+    graph: bool = False
+    """The whole step, optimiser included, replayed as one CUDA graph."""
+
+    @property
+    def input_prompt(self) -> InputConfig | None:
+        """What is done to the image."""
+        return INPUT_PROMPTS.get(self.method.removesuffix("+tcpa"))
+
+    @property
+    def base_method(self) -> str | None:
+        """The same method without TCPA; None where there is none of it."""
+        own = {"tcpa": "vfpt", "vpt+tcpa": "vpt-deep"}
+        base = own.get(self.method, self.method.removesuffix("+tcpa"))
+        return None if base == self.method else base
+
+
+def choose(texts: Sequence[str], names: Iterable[str]) -> set[str]:
+    """Return the providers that are named, in full or else in part.
+
+    Raises:
+        UsageError: a text fits none.
+    """
+    known = list(dict.fromkeys(names))
+    chosen: set[str] = set()
+    for text in texts:
+        exact = {name for name in known if name.lower() == text.lower()}
+        found = exact or {name for name in known if text.lower() in name.lower()}
+        if not found:
+            raise UsageError(
+                f"--provider: got {text!r}, expected a part of one of "
+                f"{', '.join(map(repr, known))}; correct it"
+            )
+        chosen |= found
+    return chosen

@@ -1,4 +1,4 @@
-"""A provider of `tcpa-bench step` in a process of its own, so that its peak memory is its own."""
+"""Steps measured in turn, every provider in a process of its own: its peak memory is its own."""
 
 import contextlib
 import functools
@@ -6,16 +6,127 @@ import multiprocessing as mp
 import resource
 import signal
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
 from ...cli import UsageError
-from ..providers.step import StepCase, StepProvider
 from .breakdown import time_by_kind
-from .check import Answer, answer_of, plain_answer
-from .model import build_model, build_step
+from .case import StepCase
+from .check import Answer, ReferenceCache, Skipped, WrongResultError
+from .model import Runner, answer_of, make_batch, plain_answer
+from .provider import StepProvider
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What was measured for one provider."""
+
+    provider: StepProvider
+    seconds: list[float]
+    peak_bytes: float
+    error: float
+    kinds: dict[str, float] = field(default_factory=dict)
+    """Seconds by kind of kernel, of one profiled step."""
+
+
+class StoppedError(Exception):
+    """The measurement ended early, for its cause; `results` hold the rounds before."""
+
+    def __init__(self, results: list[StepResult]) -> None:
+        super().__init__(f"ended after {len(results[0].seconds)} rounds")
+        self.results = results
+
+
+def measure(
+    case: StepCase,
+    chosen: Sequence[StepProvider],
+    rounds: int,
+    *,
+    kinds: bool = False,
+    skipped: Skipped | None = None,
+) -> list[StepResult]:
+    """Measure one step.
+
+    Args:
+        case: what to compute.
+        chosen: the ways to compute it; the first one is the yardstick.
+        rounds: timed steps of every provider.
+        kinds: also profile one step of each.
+        skipped: takes providers that fail before the first round, except for the yardstick; None:
+            they raise.
+
+    Returns:
+        One result per provider that is not skipped.
+
+    Raises:
+        WrongResultError: a provider's loss or gradients differ from those of its method.
+        UsageError: a provider cannot compute this.
+        StoppedError: it ended early, but not before the first round.
+    """
+    references = ReferenceCache(case, _plain_answer_in_a_process)
+    running: list[Worker] = []
+    errors: list[float] = []
+    try:
+        for provider in chosen:
+            try:
+                references.prepare(provider)
+                running.append(Worker(case, provider))
+                # One at a time: two first steps at once would fight for the cores.
+                errors.append(references.check(provider, running[-1].answer()))
+            except (UsageError, WrongResultError) as error:
+                if skipped is None or provider is chosen[0]:
+                    raise
+                skipped.add(error)
+                for worker in running[len(errors) :]:
+                    worker.stop()
+                del running[len(errors) :]
+        return measure_rounds(running, errors, rounds, kinds=kinds)
+    finally:
+        for worker in running:
+            worker.stop()
+
+
+def measure_rounds(
+    running: Sequence["Worker"], errors: Sequence[float], rounds: int, *, kinds: bool = False
+) -> list[StepResult]:
+    """Go through the providers in turn, as often as asked for."""
+    done: list[list[tuple[float, float]]] = []
+    profiles: list[dict[str, float]] = [{} for _ in running]
+    stopped: BaseException | None = None
+    try:
+        for _ in range(rounds):
+            done.append([worker.step() for worker in running])
+        if kinds:
+            profiles = [worker.kinds() for worker in running]
+    except (KeyboardInterrupt, UsageError) as error:
+        if not done:
+            raise
+        stopped = error
+    results = [
+        StepResult(
+            provider=worker.provider,
+            seconds=[seconds for seconds, _ in steps],
+            peak_bytes=steps[-1][1],
+            error=error,
+            kinds=profile,
+        )
+        for worker, error, profile, *steps in zip(running, errors, profiles, *done, strict=True)
+    ]
+    if stopped is not None:
+        raise StoppedError(results) from stopped
+    return results
+
+
+def _plain_answer_in_a_process(case: StepCase, provider: StepProvider) -> Answer:
+    worker = Worker(case, provider, plain=True)
+    try:
+        return worker.answer()
+    finally:
+        worker.stop()
 
 
 class Worker:
@@ -94,9 +205,11 @@ def _serve(connection: Connection, case: StepCase, provider: StepProvider, plain
         if plain:
             connection.send(plain_answer(case, provider))
             return
-        model = build_model(case, provider)
-        step = build_step(case, provider, model)
-        answer = answer_of(case, model, step())
+        runner = Runner(case, provider)
+        runner.use(case.mode)
+        batch = make_batch(case, runner.model)
+        step = functools.partial(runner.run, *batch)
+        answer = answer_of(runner.model, step())
         # A second one: compilation and caches are done with after it.
         step()
     except Exception as error:

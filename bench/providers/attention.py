@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ... import gated_attention, sdpa
-from ..harness.provider import DTYPES, Outputs, Prepared, Provider, compiled, eager, no_kernels
+from ..harness.case import DTYPES
+from ..harness.provider import Outputs, Prepared, Provider, compiled, eager, no_kernels
 from .attention_case import AttentionCase, heads, prepared, rows
 from .compositions import (
     CPU_FLASH,

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ...reference import gated_attention_reference, random_gate, unpack_gate
-from ..harness.case import Shape
-from ..harness.provider import DTYPES, Outputs, Prepared, Provider, Tensors, compare
+from ..harness.case import DTYPES, Shape
+from ..harness.check import compare
+from ..harness.provider import Outputs, Prepared, Provider, Tensors
 
 
 class AttentionCase:
@@ -107,7 +108,7 @@ class AttentionCase:
         names = exact if training else ("out",)
         compare(found, {name: exact[name] for name in names}, plain)
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Free what only `check` needs."""
         self._truth.clear()
 

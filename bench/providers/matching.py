@@ -24,15 +24,13 @@ from ...reference import (
     pack_gate,
     split_gate,
 )
-from ..harness.case import Shape
+from ..harness.case import DTYPES, Shape
+from ..harness.check import WrongResultError, compare
 from ..harness.provider import (
-    DTYPES,
     Outputs,
     Prepared,
     Provider,
     Tensors,
-    WrongResultError,
-    compare,
     compiled,
     no_kernels,
 )
@@ -151,7 +149,7 @@ class MatchCase:
         del found["gate"]
         return found
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Nothing is kept beyond `check`."""
 
 

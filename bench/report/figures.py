@@ -13,8 +13,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from ...cli import UsageError
 from ...inspect.style import COLOURS, INK, Drawing, finish, panel, styled
+from ..costs.ceilings import Ceilings, in_base_unit, measured
 from ..costs.operations import OPERATIONS
-from ..hardware import Ceilings, in_base_unit, measured
 from ..harness.case import PROMISED, Shape, parse_shape
 from ..harness.results import Row, number
 from .data import KIND, distinct, grouped, is_floor
@@ -146,7 +146,7 @@ def _roofline_point(row: Row) -> tuple[float, float] | None:
     if shape is None or row.mode not in MARKERS or not row.p50 > 0:
         return None
     cost = OPERATIONS[row.operation](shape, row.dtype, row.mode)
-    return (cost.flops / cost.bytes, cost.flops / in_base_unit(row)) if cost.flops else None
+    return (cost.flops / cost.bytes, cost.flops / in_base_unit(row).p50) if cost.flops else None
 
 
 def _roofline(points: list[tuple[Row, float, float]], ceilings: Ceilings, dtype: str) -> Drawing:

@@ -5,7 +5,9 @@ import pytest
 
 from tcpa.bench import __main__ as cli
 from tcpa.bench import converge
+from tcpa.bench.harness import model
 from tcpa.bench.harness.results import load
+from tcpa.train.engine import step as engine_step
 
 SMALL = ["--model", "test_vit", "--device", "cpu", "--batch", "4", "--steps", "20"]
 SMALL += ["--repeats", "2"]
@@ -47,9 +49,9 @@ def test_another_training_is_noticed(monkeypatch, capsys):
 
 def test_a_step_that_differs_is_noticed(monkeypatch):
     noise = iter(range(100))
-    real = converge.loss_of
+    real = model.losses
     monkeypatch.setattr(converge, "losses", lambda *_: np.arange(20.0) * 0)
-    monkeypatch.setattr(converge, "loss_of", lambda *a: real(*a) + 1e-3 * next(noise))
+    monkeypatch.setattr(engine_step, "losses", lambda *a: real(*a) + 1e-3 * next(noise))
     assert run("--precision", "float32") == 1
 
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from tcpa.bench import __main__ as cli
-from tcpa.bench import ops, ops_race
+from tcpa.bench import ops
 from tcpa.bench.costs import ceilings
 from tcpa.bench.costs import operations as cost
 from tcpa.bench.harness import timing
 from tcpa.bench.harness.case import Shape, parse_shape
+from tcpa.bench.harness.provider import choose
 from tcpa.bench.harness.results import Results, Row, load, make_rows, provenance
-from tcpa.bench.ops import choose_providers
-from tcpa.bench.ops_cases import MODES, OPERATIONS, TIME, Case, Operation
-from tcpa.bench.ops_race import Race, best_composition, call_of
+from tcpa.bench.ops import MODES, OPERATIONS, Operation, Race, call_of
+from tcpa.bench.ops_table import TIME, OperationCase, best_composition, table
 from tcpa.bench.providers.attention import PROVIDERS
 from tcpa.bench.providers.attention_case import AttentionCase
 from tcpa.cli import UsageError
@@ -210,7 +210,7 @@ def test_a_run_resumes_and_measures_again_only_when_asked(tmp_path, monkeypatch,
     assert timed[2:] == [["official"]]
     # Another commit is another measurement.
     here = provenance(CPU)
-    monkeypatch.setattr(ops_race, "provenance", lambda _: dataclasses.replace(here, commit="other"))
+    monkeypatch.setattr(ops, "provenance", lambda _: dataclasses.replace(here, commit="other"))
     race(OFFICIAL, path=path)
     assert len(timed) == 4
 
@@ -256,14 +256,14 @@ def test_the_best_back_end_is_the_one_reported(capsys):
     assert best_composition([OFFICIAL, slow, fast], times) == fast.label
     assert best_composition([OFFICIAL], times) is None
     found = Race(CPU, Results())
-    case = Case(attention(OFFICIAL, slow, fast), TINY, "fp32", "both")
+    case = OperationCase("gated_attention", TINY, "fp32", "both")
     for label, values in times.items():
         fields = case.fields | {"provider": label}
         rows = make_rows({TIME: timing.Quantiles.of(values)}, provenance(CPU), **fields)
         found.results.add(rows)
-    table = found._table(case, {}, new=True)
-    assert f"{fast.label}, best of 2" in table and slow.label not in table
-    assert "2 (2-6.2)" in table
+    printed = table(case, [OFFICIAL, slow, fast], found.results.rows, {}, new=True)
+    assert f"{fast.label}, best of 2" in printed and slow.label not in printed
+    assert "2 (2-6.2)" in printed
 
 
 def test_matching_is_measured_where_there_is_something_to_match(capsys):
@@ -287,14 +287,14 @@ def test_without_prompts_attention_is_measured_and_compositions_say_why_not(caps
 
 
 def test_providers_are_chosen_by_name_or_part():
-    operations = [*OPERATIONS.values()]
-    assert choose_providers(["official"], operations) == {"official"}
-    assert choose_providers(["Composition C"], operations) == {
+    labels = [p.label for operation in OPERATIONS.values() for p in operation.providers]
+    assert choose(["official"], labels) == {"official"}
+    assert choose(["Composition C"], labels) == {
         p.label for p in OPERATIONS["gated_attention"].providers if "composition C" in p.name
     }
-    assert choose_providers(["tcpa s", "OFFICIAL"], operations) == {"tcpa sdpa", "official"}
-    with pytest.raises(UsageError, match=r"--provider: got 'flash4', expected part of a prov"):
-        choose_providers(["official", "flash4"], operations)
+    assert choose(["tcpa s", "OFFICIAL"], labels) == {"tcpa sdpa", "official"}
+    with pytest.raises(UsageError, match=r"--provider: got 'flash4', expected a part of one of"):
+        choose(["official", "flash4"], labels)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_providers_are_chosen_by_name_or_part():
         (["--mode", "train"], "--mode: invalid choice: 'train'"),
         (["--dtype", "fp8"], "--dtype: invalid choice: 'fp8'"),
         (["--shape", "b16"], "--shape: got 'b16', expected BACKBONE-IMAGE-"),
-        (["--provider", "nobody"], "--provider: got 'nobody', expected part of a provider's name"),
+        (["--provider", "nobody"], "--provider: got 'nobody', expected a part of one of"),
         (["--seconds", "0"], "--seconds: got 0.0, expected a number above 0"),
         (["--seconds", "nan"], "--seconds: got nan, expected a number above 0"),
         (["--results", "/proc/none/r.jsonl"], "--results: got /proc/none/r.jsonl, expected a file"),
@@ -351,8 +351,10 @@ def test_ceilings_follow_from_sizes_and_times(monkeypatch):
         return {"copy": [2.0, 2.0], "product": [4.0, 4.0]}
 
     monkeypatch.setattr(ceilings, "interleave", interleave)
-    found = ceilings.measure(CPU, torch.float32)
-    assert found.rates == (2 * 16**3 / 4.0, 2 * 2**16 / 2.0)
+    found = ceilings.measure(CPU, "fp32")
+    assert (found.flops, found.bandwidth) == (2 * 16**3 / 4.0, 2 * 2**16 / 2.0)
+    (again,) = ceilings.measured(ceilings.rows_of(found, CPU, "fp32", provenance(CPU)), "fp32")
+    assert (again.flops, again.bandwidth) == pytest.approx((found.flops, found.bandwidth))
 
 
 def test_rows_are_plain_json():

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tcpa import pack_gate, unpack_gate
 from tcpa.bench.harness.case import Shape
-from tcpa.bench.harness.provider import Prepared, WrongResultError, compare
+from tcpa.bench.harness.check import WrongResultError, compare
+from tcpa.bench.harness.provider import Prepared
 from tcpa.bench.providers import attention_case, compositions
 from tcpa.bench.providers import matching as match_providers
 from tcpa.bench.providers.attention import PROVIDERS

@@ -10,8 +10,8 @@ import pytest
 from tcpa.bench import __main__ as cli
 from tcpa.bench import report
 from tcpa.bench.compare import compare, differences
+from tcpa.bench.costs.ceilings import measured
 from tcpa.bench.costs.operations import OPERATIONS
-from tcpa.bench.hardware import measured
 from tcpa.bench.harness.case import Shape, standard_shapes
 from tcpa.bench.harness.results import Provenance, Row
 from tcpa.bench.report.data import latest, table

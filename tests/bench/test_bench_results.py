@@ -233,4 +233,3 @@ def test_the_work_of_matching():
 def test_the_least_time_is_that_of_the_scarcer_resource():
     work = cost.Cost(flops=100.0, bytes=10.0)
     assert work.seconds(50.0, 10.0) == 2.0 and work.seconds(200.0, 1.0) == 10.0
-    assert work.times(2.0) == work + work

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..train.data.batches import Batches
-from ..train.data.cache import RESIZE
-from ..train.data.cached import CachedSplit
-from ..train.data.crops import Transform
-from ..train.data.speed import CROP, PhotoFiles
+from ...train.data.batches import Batches
+from ...train.data.cache import RESIZE
+from ...train.data.cached import CachedSplit
+from ...train.data.crops import Transform
+from ...train.data.speed import CROP, PhotoFiles
 
 SOURCES = ("disk", "cache", "device")
 

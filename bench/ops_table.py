@@ -1,115 +1,19 @@
-"""The cases of `tcpa-bench ops`: operations and their providers, metrics, printed tables."""
+"""What `tcpa-bench ops` says of a case: metrics of every provider, and the printed table."""
 
-import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from .costs import operations as cost
+from .costs.ceilings import Ceilings
+from .costs.operations import OPERATIONS
 from .harness import timing
 from .harness.case import Shape
 from .harness.provider import Provider
 from .harness.results import Row
 from .harness.timing import Quantiles
-from .providers.attention import PROVIDERS
-from .providers.attention_case import AttentionCase
-from .providers.matching import MATCH_PROVIDERS, NORM_PROVIDERS, MatchCase
 
-MODES = ("forward", "backward", "both")
 TIME, SPEED = ("time", "us"), ("speed", "x official")
 COMPOSITION = ("speed", "x best composition")
 """Metric and unit."""
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """An operation of the library and who computes it."""
-
-    name: str
-    make_case: Callable[[Shape, str, torch.device], Any]
-    providers: tuple[Provider, ...]
-
-    def refuses(self, shape: Shape) -> str | None:
-        """Say why it is not measured on a shape; None when it is."""
-        if self.name == "gated_attention":
-            return None
-        if not shape.prompts:
-            return "there are no prompts to match"
-        shared = dataclasses.replace(shape, per_sample=False).name
-        return f"matching is that of {shared}" if shape.per_sample else None
-
-
-OPERATIONS = {
-    operation.name: operation
-    for operation in (
-        Operation("gated_attention", AttentionCase, PROVIDERS),
-        Operation("match_prompts", functools.partial(MatchCase, False), MATCH_PROVIDERS),
-        Operation("norm_match", functools.partial(MatchCase, True), NORM_PROVIDERS),
-    )
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One table of the race."""
-
-    operation: Operation
-    shape: Shape
-    dtype: str
-    mode: str
-
-    @property
-    def title(self) -> str:
-        """Operation, shape, dtype and mode."""
-        return f"{self.operation.name}, {self.shape.name}, {self.dtype}, {self.mode}"
-
-    @property
-    def fields(self) -> dict[str, str]:
-        """What marks its rows."""
-        return {
-            "command": "ops",
-            "operation": self.operation.name,
-            "shape": self.shape.name,
-            "dtype": self.dtype,
-            "mode": self.mode,
-        }
-
-
-def metrics_of(
-    case: Case,
-    provider: Provider,
-    times: dict[str, list[float]],
-    peaks: dict[str, float | None],
-    rates: tuple[float, float],
-    fastest: str | None,
-) -> dict[tuple[str, str], Quantiles]:
-    """Return all metrics of one provider by name and unit, the time last.
-
-    A run that ends between two rows leaves no time, and measures the provider again.
-    """
-    label = provider.label
-    seconds = Quantiles.of(times[label])
-    found: dict[tuple[str, str], Quantiles] = {}
-    # A floor does less than the operation's work: its rate would be another one.
-    if provider.same_function:
-        work = cost.OPERATIONS[case.operation.name](case.shape, case.dtype, case.mode)
-        found["rate", "TFLOP/s"] = seconds.rate(work.flops / 1e12)
-        found["bandwidth", "GB/s"] = seconds.rate(work.bytes / 1e9)
-        found["share of ceiling", "%"] = seconds.rate(100 * work.seconds(*rates))
-    peak = peaks[label]
-    if peak is not None:
-        found["peak memory", "MiB"] = Quantiles.of([peak / 2**20])
-    if "official" in times:
-        found[SPEED] = timing.ratio(times, label, "official")
-    if fastest is not None:
-        found[COMPOSITION] = timing.ratio(times, label, fastest)
-    found[TIME] = seconds.scaled(1e6)
-    return found
-
-
 COLUMNS = {
     ("rate", "TFLOP/s"): "TFLOP/s",
     ("bandwidth", "GB/s"): "GB/s",
@@ -122,8 +26,73 @@ COLUMNS = {
 HEADER = ["provider", "us (p20-p80)", *COLUMNS.values()]
 
 
+@dataclass(frozen=True, slots=True)
+class OperationCase:
+    """One table of the race."""
+
+    operation: str
+    shape: Shape
+    dtype: str
+    mode: str
+
+    @property
+    def title(self) -> str:
+        """Operation, shape, dtype and mode."""
+        return f"{self.operation}, {self.shape.name}, {self.dtype}, {self.mode}"
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """What marks its rows."""
+        return {
+            "command": "ops",
+            "operation": self.operation,
+            "shape": self.shape.name,
+            "dtype": self.dtype,
+            "mode": self.mode,
+        }
+
+
+def metrics_of(
+    case: OperationCase,
+    provider: Provider,
+    times: dict[str, list[float]],
+    peaks: dict[str, float | None],
+    reached: Ceilings,
+    fastest: str | None,
+) -> dict[tuple[str, str], Quantiles]:
+    """Return all metrics of one provider by name and unit, the time last.
+
+    A run that ends between two rows leaves no time, and measures the provider again.
+    """
+    label = provider.label
+    seconds = Quantiles.of(times[label])
+    found: dict[tuple[str, str], Quantiles] = {}
+    # A floor does less than the operation's work: its rate would be another one.
+    if provider.same_function:
+        work = OPERATIONS[case.operation](case.shape, case.dtype, case.mode)
+        least = work.seconds(reached.flops, reached.bandwidth)
+        found["rate", "TFLOP/s"] = seconds.rate(work.flops / 1e12)
+        found["bandwidth", "GB/s"] = seconds.rate(work.bytes / 1e9)
+        found["share of ceiling", "%"] = seconds.rate(100 * least)
+    peak = peaks[label]
+    if peak is not None:
+        found["peak memory", "MiB"] = Quantiles.of([peak / 2**20])
+    if "official" in times:
+        found[SPEED] = timing.ratio(times, label, "official")
+    if fastest is not None:
+        found[COMPOSITION] = timing.ratio(times, label, fastest)
+    found[TIME] = seconds.scaled(1e6)
+    return found
+
+
+def best_composition(providers: Iterable[Provider], times: dict[str, list[float]]) -> str | None:
+    """Return the label of the fastest composition, if one was timed."""
+    labels = [p.label for p in providers if p.role == "composition" and p.label in times]
+    return min(labels, key=lambda label: Quantiles.of(times[label]).p50, default=None)
+
+
 def table(
-    case: Case,
+    case: OperationCase,
     providers: Sequence[Provider],
     known: Iterable[Row],
     notes: dict[str, str],
