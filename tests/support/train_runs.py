@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tcpa.train.engine.inputs import Splits
+from tcpa.train.engine.data import Splits
 from tcpa.train.options.run import RunConfig
 
 SIZE, CLASSES = 32, 4

@@ -43,8 +43,8 @@ import torch
 from train_runs import make_config, make_splits
 
 from tcpa.cli import UsageError
-from tcpa.train import storage as files
-from tcpa.train.engine import journal
+from tcpa.train import storage
+from tcpa.train.engine import checkpoint
 from tcpa.train.engine.interruption import Interrupted
 from tcpa.train.jobs.run import run
 
@@ -151,15 +151,15 @@ def inject(kill: list, splits: Any) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
     elif place == "line":
-        init = journal.Journal.__init__
+        init = checkpoint.Journal.__init__
 
         def breaking_init(self: Any, *arguments: Any, **options: Any) -> None:
             init(self, *arguments, **options)
             self._file = FaultyFile(self._file, number)
 
-        journal.Journal.__init__ = breaking_init
+        checkpoint.Journal.__init__ = breaking_init
     else:
-        files.os = FaultyOS(place, number)
+        storage.os = FaultyOS(place, number)
 
 
 def train(job: dict[str, Any], rank: int) -> None:

@@ -15,13 +15,12 @@ import tcpa
 from tcpa.cli import UsageError
 from tcpa.train.backbones import load_backbone
 from tcpa.train.engine.checkpoint import CURRENT
+from tcpa.train.engine.data import Splits
 from tcpa.train.engine.distributed import World
-from tcpa.train.engine.inputs import Splits
 from tcpa.train.engine.loop import Loop
 from tcpa.train.engine.model import build_model
 from tcpa.train.engine.precision import NUMERICS
-from tcpa.train.engine.pruning import mask_importance
-from tcpa.train.engine.stages import Stages
+from tcpa.train.engine.stages import Stages, mask_importance
 from tcpa.train.engine.trainer import Trainer
 from tcpa.train.jobs.run import run
 from tcpa.train.recipes.recipe import METHODS
@@ -283,7 +282,7 @@ def test_importance_is_how_the_loss_changes_with_a_mask(tmp_path):
     tokens = model.tokens
     batch = MemoryBatch(source.images, source.labels, 8)
     once = SimpleNamespace(epoch=lambda epoch, start=0: iter([batch]))
-    of_tokens, of_segments = mask_importance(model, tokens, once, CPU, NUMERICS["fp32"])
+    of_tokens, of_segments = mask_importance(model, once, CPU, NUMERICS["fp32"])
 
     def loss():
         with torch.no_grad():

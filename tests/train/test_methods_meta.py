@@ -11,18 +11,13 @@ import tcpa
 from tcpa.cli import UsageError
 from tcpa.methods.vp import STRIPS
 from tcpa.train.engine.distributed import World
-from tcpa.train.engine.meta_prompt import (
-    MetaTraining,
-    Task,
-    load_meta_prompt,
-    meta_train,
-    save_meta_prompt,
-)
 from tcpa.train.engine.model import build_model
-from tcpa.train.engine.stages import Stages
+from tcpa.train.engine.stages import Stages, load_meta_prompt
 from tcpa.train.engine.step import keep_critical
-from tcpa.train.engine.trainer import Trainer
+from tcpa.train.engine.trainer import STAGE, Trainer, derive
+from tcpa.train.jobs.meta_prompt import MetaTask, meta_train, save_meta_prompt
 from tcpa.train.jobs.run import run
+from tcpa.train.options.meta_prompt import MetaPromptConfig
 from tcpa.train.recipes.runspec import resolve
 
 CPU = World(torch.device("cpu"))
@@ -37,18 +32,18 @@ def make_task(seed, clusters=2, count=8):
     torch.manual_seed(seed)
     model = tcpa.wrap(TINY.create(), None, num_classes=3, input_prompt=config)
     model.fit_clusters(images)
-    return Task(model=model, source=MemorySource(images, labels, batch_size=4))
+    return MetaTask(model=model, source=MemorySource(images, labels, batch_size=4))
 
 
 def test_the_meta_prompt_moves_to_the_mean_of_all_frames():
-    settings = MetaTraining(epochs=1, update_steps=2)
+    config = MetaPromptConfig(datasets=("dtd",), epochs=1, update_steps=2)
     tasks = [make_task(1), make_task(2, clusters=3)]
     copies = [make_task(1), make_task(2, clusters=3)]
-    found = meta_train(tasks, settings)
+    found = meta_train(tasks, config)
     # One step, written out: two batches a task, rate 1, weight decay 1e-4, heads at 0.1.
     meta = [None] * 4
     frames = [[] for _ in STRIPS]
-    generator_start = meta_start(settings, copies[0].model.input_prompt)
+    generator_start = meta_start(config, copies[0].model.input_prompt)
     for task in copies:
         prompt, head = task.model.input_prompt, task.model.backbone.head
         prompt.use_meta_prompt(generator_start)
@@ -70,11 +65,9 @@ def test_the_meta_prompt_moves_to_the_mean_of_all_frames():
         torch.testing.assert_close(found[index], meta[index], rtol=1e-4, atol=1e-5)
 
 
-def meta_start(settings, prompt):
-    """A training without an epoch gives what it starts from."""
-    task = make_task(1)
-    assert task.model.input_prompt.width == prompt.width
-    return meta_train([task], MetaTraining(epochs=0, seed=settings.seed))
+def meta_start(config, prompt):
+    torch.manual_seed(derive(config.seed, STAGE, 0))
+    return [torch.randn_like(getattr(prompt, name)[0]) for name in STRIPS]
 
 
 def test_meta_prompts_come_back_and_start_the_frames_of_a_run(tmp_path):
@@ -108,11 +101,6 @@ def test_files_that_are_no_meta_prompts_are_refused(tmp_path):
         load_meta_prompt(tmp_path / "adapter" / "adapter_model.safetensors")
     with pytest.raises(UsageError, match="got NaN or infinity in the meta-prompt"):
         save_meta_prompt([torch.full((2, 2), float("nan"))] * 4, path)
-    with pytest.raises(UsageError, match="tasks: got none"):
-        meta_train([], MetaTraining())
-    plain = tcpa.wrap(TINY.create(), None)
-    with pytest.raises(UsageError, match=r"tasks\[0\]: got a model without fitted clusters"):
-        meta_train([Task(model=plain, source=make_task(1).source)], MetaTraining())
 
 
 def test_only_critical_values_keep_their_gradients():

@@ -19,11 +19,12 @@ from tcpa.cli import UsageError
 from tcpa.train.engine.checkpoint import (
     CURRENT,
     PREVIOUS,
+    Journal,
     load_checkpoint,
+    read_metrics,
     save_checkpoint,
 )
-from tcpa.train.engine.folder import brief, claim, differences
-from tcpa.train.engine.journal import Journal, read_metrics
+from tcpa.train.engine.rundir import brief, claim, differences
 from tcpa.train.jobs import run as running
 from tcpa.train.jobs.run import run
 
@@ -240,7 +241,7 @@ def test_a_removed_lock_holds_nothing(tmp_path):
         flock(file, how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tcpa.train.engine.folder.fcntl.flock", removed_meanwhile)
+        patch.setattr("tcpa.train.engine.rundir.fcntl.flock", removed_meanwhile)
         with claim(folder, {}):
             assert len(opened) == 2 and (folder / ".lock").exists()
             with pytest.raises(UsageError, match="in use by another process"), claim(folder, {}):

@@ -10,7 +10,7 @@ from train_runs import make_config
 
 import tcpa
 from tcpa.cli import UsageError
-from tcpa.train.engine.datasets import load_splits
+from tcpa.train.engine.data import load_splits
 from tcpa.train.engine.distributed import World
 from tcpa.train.jobs.run import run
 from tcpa.train.recipes.runspec import resolve

@@ -17,7 +17,7 @@ from train_runs import make_config, make_splits
 from tcpa.cli import UsageError
 from tcpa.train.engine import distributed
 from tcpa.train.engine.distributed import World
-from tcpa.train.engine.objective import Mixer
+from tcpa.train.engine.trainer import Mixer
 from tcpa.train.recipes.runspec import resolve
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")

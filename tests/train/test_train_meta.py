@@ -5,7 +5,7 @@ import torch
 from dataset_trees import write_tree
 
 from tcpa.train.__main__ import main
-from tcpa.train.engine.meta_prompt import load_meta_prompt
+from tcpa.train.engine.stages import load_meta_prompt
 
 MODEL = ["--backbone", "test_vit", "--weights", "none", "--image-size", "32", "--resize", "40"]
 SMALL = [*MODEL, "--batch-size", "8", "--device", "cpu"]

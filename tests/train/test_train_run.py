@@ -18,9 +18,9 @@ from tcpa.train.backbones import load_backbone
 from tcpa.train.engine import progress
 from tcpa.train.engine.checkpoint import CURRENT, load_checkpoint
 from tcpa.train.engine.distributed import World
-from tcpa.train.engine.evaluate import evaluate
-from tcpa.train.engine.folder import differences
+from tcpa.train.engine.model import evaluate
 from tcpa.train.engine.precision import NUMERICS
+from tcpa.train.engine.rundir import differences
 from tcpa.train.jobs import run as running
 from tcpa.train.jobs.run import run
 from tcpa.train.recipes.runspec import resolve

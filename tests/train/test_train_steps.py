@@ -20,11 +20,9 @@ from tcpa.cli import UsageError
 from tcpa.train.engine import step as step_module
 from tcpa.train.engine.distributed import World
 from tcpa.train.engine.model import build_model
-from tcpa.train.engine.objective import Mixer
 from tcpa.train.engine.precision import NUMERICS, choose_numerics, require_graph
-from tcpa.train.engine.randomness import derive, numpy_seeded, seed_model
 from tcpa.train.engine.step import losses
-from tcpa.train.engine.trainer import Trainer
+from tcpa.train.engine.trainer import Mixer, Trainer, derive, numpy_seeded, seed_model
 from tcpa.train.recipes.runspec import resolve
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lr_schedule.npz"

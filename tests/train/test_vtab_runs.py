@@ -9,7 +9,7 @@ from train_runs import SIZE, make_config
 from vtab_trees import ONE_PER_GROUP, write_task
 
 from tcpa.cli import UsageError
-from tcpa.train.engine.datasets import load_splits
+from tcpa.train.engine.data import load_splits
 from tcpa.train.engine.distributed import World
 from tcpa.train.jobs.run import run
 from tcpa.train.options.run import RunConfig

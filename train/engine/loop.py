@@ -12,13 +12,11 @@ from torch import Tensor
 
 from ...cli import UsageError
 from ..recipes.runspec import RunSpec
-from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import METRICS, Checkpoint, Journal, load_checkpoint, save_checkpoint
+from .data import Splits
 from .distributed import Agreement, World
-from .evaluate import Evaluation, evaluate
-from .inputs import Splits
 from .interruption import Interrupted, Requests
-from .journal import METRICS, Journal
-from .model import BuiltModel
+from .model import BuiltModel, Evaluation, evaluate
 from .progress import Display
 from .stages import Stages
 from .trainer import Trainer

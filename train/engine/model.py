@@ -1,9 +1,12 @@
-"""The model of a run: backbone, prompts and head from the spec."""
+"""The model of a run: backbone, prompts and head from the spec; its accuracy on a split."""
 
 import copy
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 import tcpa
 from tcpa.vit import classifier_layers
@@ -11,8 +14,8 @@ from tcpa.vit import classifier_layers
 from ...cli import UsageError
 from ..backbones import BackboneRecord, load_backbone
 from ..recipes.runspec import RunSpec
+from .data import Source
 from .distributed import World
-from .evaluate import Twin
 from .precision import NUMERICS, Numerics, choose_numerics, require_graph
 
 
@@ -24,8 +27,8 @@ class BuiltModel:
     numerics: Numerics
     """Of the training."""
     eval_numerics: Numerics
-    twin: Twin | None
-    """Where evaluations need other frozen weights than the training."""
+    twin: tcpa.PromptedViT | None
+    """Of the model, where evaluations need other frozen weights than the training."""
     backbone: BackboneRecord
 
     def implementation(self, world: World) -> tuple[str, str]:
@@ -34,8 +37,11 @@ class BuiltModel:
             return self.model.implementation
 
     def for_evaluation(self) -> tcpa.PromptedViT:
-        """Return the model to evaluate, with the trained values as they are now."""
-        return self.model if self.twin is None else self.twin.of(self.model)
+        """Return the model to evaluate, with the parameters as they are now."""
+        if self.twin is None:
+            return self.model
+        self.twin.load_trained(self.model.trained_tensors())
+        return self.twin
 
 
 def build_model(spec: RunSpec, world: World, num_classes: int) -> BuiltModel:
@@ -60,7 +66,7 @@ def build_model(spec: RunSpec, world: World, num_classes: int) -> BuiltModel:
         require_graph(numerics, world)
     # Random weights and the initial values of what is trained come from the seed.
     torch.manual_seed(spec.seed)
-    mapped = getattr(spec.input_prompt, "maps_logits", False)
+    mapped = spec.input_prompt is not None and spec.input_prompt.maps_logits
     size = spec.crop
     backbone, record = load_backbone(spec.backbone, spec.weights, image_size=size, head=mapped)
     exact = NUMERICS["fp32"] if spec.eval_precision == "fp32" else numerics
@@ -84,7 +90,7 @@ def build_model(spec: RunSpec, world: World, num_classes: int) -> BuiltModel:
         return _store(model, weights).to(world.device)
 
     model = wrap(backbone, numerics.weights)
-    twin = None if spare is None else Twin(wrap(spare, exact.weights))
+    twin = None if spare is None else wrap(spare, exact.weights)
     if spec.compile:
         # One graph per batch size: there are four at most, and sizes that are known run faster.
         model.compile(dynamic=False)
@@ -110,3 +116,57 @@ def _store(model: tcpa.PromptedViT, weights: torch.dtype) -> tcpa.PromptedViT:
         setattr(module, name, value)
     model.forget()
     return model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """What an evaluation found, over all processes."""
+
+    accuracy: float
+    """Top-1, percent."""
+    loss: float
+    """Mean cross-entropy."""
+    images: int
+    seconds: float
+
+
+@torch.no_grad()
+def evaluate(
+    model: tcpa.PromptedViT,
+    source: Source,
+    world: World,
+    numerics: Numerics,
+    check: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Classify a split; waits for the device once, at the end. Leaves the model as it was.
+
+    Args:
+        model: its weights have the dtype of `numerics`.
+        source: every image once, over all processes.
+        world: the processes.
+        numerics: precision.
+        check: called before every batch; may raise to end it.
+    """
+    start, was_training = time.perf_counter(), model.training
+    model.eval()
+    counts, seen = torch.zeros(3, dtype=torch.float64, device=world.device), 0
+    for batch in source.epoch(0):
+        check()
+        # A process may have no row of a tiny last batch.
+        if len(batch.images) == 0:
+            continue
+        with numerics.context(world.device):
+            logits = model(batch.images.to(numerics.weights)).float()
+        loss = F.cross_entropy(logits, batch.labels, reduction="sum")
+        hits = (logits.argmax(1) == batch.labels).sum()
+        counts[:2] += torch.stack((hits.double(), loss.double()))
+        seen += len(batch.labels)
+    model.train(was_training)
+    counts[2] = seen
+    hits, loss, images = world.sum(counts).tolist()
+    return Evaluation(
+        accuracy=100 * hits / images,
+        loss=loss / images,
+        images=int(images),
+        seconds=time.perf_counter() - start,
+    )

@@ -10,10 +10,9 @@ import tcpa
 from ...cli import UsageError
 from ..recipes.runspec import RunSpec
 from ..storage import cannot_write, write_json
-from .folder import ADAPTER, RESULT
-from .journal import Journal, read_metrics
+from .checkpoint import Journal, read_metrics
 from .loop import CHOOSES_ON, MEASURED_ON, Loop
-from .record import versions
+from .rundir import ADAPTER, RESULT, versions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

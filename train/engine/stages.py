@@ -5,21 +5,27 @@ Every stage is a function of the model's values, the training images and the see
 on from the end of an epoch repeats it to the same end; later checkpoints hold what it found.
 """
 
+from pathlib import Path
+from typing import Any
+
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import tcpa
-from tcpa.methods.e2vpt import E2VPTPrompts
+from tcpa.methods.vp import STRIPS
 
 from ...cli import UsageError
 from ..data.batches import local_rows
 from ..recipes.runspec import RunSpec
+from .data import Source
 from .distributed import World
-from .inputs import Source
-from .meta_prompt import load_meta_prompt
-from .pruning import mask_importance
-from .randomness import STAGE, derive
-from .trainer import Trainer
+from .precision import Numerics
+from .trainer import STAGE, Trainer, derive
+
+META_PROMPT = "tcpa-meta-prompt"
+"""Format of a file with a meta-prompt."""
 
 
 class Stages:
@@ -28,9 +34,7 @@ class Stages:
     def __init__(self, spec: RunSpec, world: World, trainer: Trainer, source: Source) -> None:
         self._spec, self._world = spec, world
         self._trainer, self._source = trainer, source
-        model = trainer.model
-        rewinds = spec.rounds > 1
-        values = model.trained_tensors().items() if rewinds else ()
+        values = trainer.model.trained_tensors().items() if spec.rounds > 1 else ()
         self._initial = {name: value.detach().clone() for name, value in values}
 
     def before(self, epoch: int) -> str | None:
@@ -39,32 +43,27 @@ class Stages:
         Raises:
             UsageError: the images do not allow it.
         """
-        model, spec = self._trainer.model, self._spec
+        spec = self._spec
         torch.manual_seed(derive(spec.seed, STAGE, epoch))
-        mapping = "head"
-        if isinstance(spec.input_prompt, tcpa.AutoVPConfig):
-            mapping = spec.input_prompt.mapping
-        try:
-            if epoch == 0 and isinstance(spec.input_prompt, tcpa.DAMVPConfig):
-                return self._fit_clusters()
-            if mapping == "iterative" or (mapping == "frequency" and epoch == 0):
-                return self._fit_mapping(epoch)
-        except ValueError as error:
-            raise UsageError(f"--method {spec.method}: {error}") from None
-        if self.begins_anew(epoch) and isinstance(model.tokens, E2VPTPrompts):
-            return self._prune(model.tokens)
-        return None
+        needed = None if spec.input_prompt is None else spec.input_prompt.fits_before(epoch)
+        if needed is not None:
+            fit = {"clusters": self._fit_clusters, "mapping": self._fit_mapping}[needed]
+            try:
+                return fit(epoch)
+            except ValueError as error:
+                raise UsageError(f"--method {spec.method}: {error}") from None
+        return self._prune() if self.begins_anew(epoch) else None
 
     def begins_anew(self, epoch: int) -> bool:
         """Whether another model is trained from an epoch on: earlier ones cannot be chosen."""
         spec = self._spec
         return epoch > 0 and epoch * spec.rounds % spec.epochs == 0
 
-    def _fit_clusters(self) -> str:
+    def _fit_clusters(self, epoch: int) -> str:
         """Cluster the first training images as they come, of all processes alike."""
         model, prompt = self._trainer.model, self._trainer.model.input_prompt
         limit, found, count = prompt.config.num_images, [], 0
-        for batch in self._source.epoch(0):
+        for batch in self._source.epoch(epoch):
             with self._trainer.numerics.context(self._world.device):
                 images = batch.images.to(self._trainer.numerics.weights)
                 features = model.plain_features(images) if len(images) else None
@@ -109,12 +108,11 @@ class Stages:
         model.train()
         return f"source classes chosen for {shape[1]} classes among {shape[0]:,}"
 
-    def _prune(self, tokens: E2VPTPrompts) -> str:
+    def _prune(self) -> str:
         """Prune the least important masks and begin anew from the first values."""
         trainer, spec = self._trainer, self._spec
-        importance = mask_importance(
-            trainer.model, tokens, self._source, self._world, trainer.numerics
-        )
+        tokens = trainer.model.tokens
+        importance = mask_importance(trainer.model, self._source, self._world, trainer.numerics)
         trainer.model.load_trained(self._initial)
         tokens.prune(*importance, spec.prune_tokens, spec.prune_segments)
         trainer.begin_anew()
@@ -124,3 +122,78 @@ class Stages:
             f"pruned to {left} of {len(tokens.token_mask)} tokens with {parts} segments in all; "
             "training begins anew"
         )
+
+
+def mask_importance(
+    model: tcpa.PromptedViT,
+    source: Source,
+    world: World,
+    numerics: Numerics,
+) -> tuple[Tensor, Tensor]:
+    """Return the mean signed gradient of the cross-entropy for the masks of E2VPT's prompts.
+
+    Args:
+        model: the model; it is left in training mode, its parameters without gradients.
+        source: training images, all of them once, over all processes.
+        world: the processes.
+        numerics: precision of the model.
+
+    Returns:
+        Of the tokens `[P]`, of the segments `[P, segments]`; float32, the same on all processes.
+
+    Source:
+        E2VPT (ICCV 2023): the lowest are pruned first.
+    """
+    tokens: Any = model.tokens
+    masks = (tokens.token_mask, tokens.segment_mask)
+    sums = [torch.zeros_like(mask) for mask in masks]
+    seen = torch.zeros((), dtype=torch.float64, device=world.device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    for mask in masks:
+        mask.requires_grad_(True)
+    try:
+        for batch in source.epoch(0):
+            if len(batch.images) == 0:
+                continue
+            with torch.enable_grad(), numerics.context(world.device):
+                logits = model(batch.images.to(numerics.weights)).float()
+                loss = F.cross_entropy(logits, batch.labels, reduction="sum")
+            for total, grad in zip(sums, torch.autograd.grad(loss, masks), strict=True):
+                total += grad
+            seen += len(batch.labels)
+    finally:
+        for mask in masks:
+            mask.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        model.train()
+    count = world.sum(seen)
+    of_tokens, of_segments = (world.sum(total) / count for total in sums)
+    return of_tokens, of_segments
+
+
+def load_meta_prompt(path: Path) -> list[Tensor]:
+    """Read the strips of a meta-prompt.
+
+    Raises:
+        UsageError: there is no such file, or it is no meta-prompt.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            ours = (file.metadata() or {}).get("format") == META_PROMPT
+            named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UsageError(
+            f"--meta-prompt: {path} cannot be read ({error}); name a file of meta-training"
+        ) from None
+    strips = [named.get(name) for name in STRIPS]
+    found = [strip for strip in strips if strip is not None and strip.is_floating_point()]
+    if not ours or len(found) < len(STRIPS):
+        raise UsageError(
+            f"--meta-prompt: {path} is no meta-prompt, expected the strips {', '.join(STRIPS)}; "
+            "name a file of meta-training"
+        )
+    return found

@@ -72,8 +72,7 @@ class Step:
         self.model, self.optimizer, self.numerics = model, optimizer, numerics
         self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
         self._module: Any = module or model
-        prompts, on_image = model.config, model.input_config
-        self._weight = 0.0 if prompts is None else prompts.match_weight
+        on_image = model.input_config
         self._critical = 1.0 if on_image is None else on_image.critical_share
         self._graph = _StepGraph(self) if graph else None
 
@@ -106,7 +105,7 @@ class Step:
         with self.numerics.context(images.device):
             inputs = images.to(self.numerics.weights)
             logits, distance = self._module(inputs, return_distance=True)
-        found = losses(logits, distance, targets, self._weight)
+        found = losses(logits, distance, targets, self.model.match_weight)
         self.scaler.scale(found[0] * scale).backward()
         return StepOutput(found.detach(), logits.detach())
 

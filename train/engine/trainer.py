@@ -1,31 +1,101 @@
 """Training steps of a run: schedule, mixing, seeds, processes and sums around the optimizer step.
 
+Random numbers are functions of (seed, epoch, step), so that a resumed run draws what it would have
+drawn: nothing of a generator's state is saved, and the generators are seeded before every step.
+
 The losses stay on the device; `take_losses` is the one place that waits for it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tcpa
 
+from ..recipes.recipe import Recipe
 from ..recipes.runspec import RunSpec
 from .distributed import World
-from .objective import Mixer
 from .optimizer import make_optimizer, rate_factor
 from .precision import Numerics
-from .randomness import seed_model
 from .step import Step
+
+MIXING, MODEL, STAGE = 1, 2, 3
+"""What numbers are drawn for; every purpose has a stream of its own."""
+
+
+def derive(seed: int, purpose: int, *position: int) -> int:
+    """Return a seed of 63 bits for a purpose and a position, e.g. (epoch, step, rank)."""
+    sequence = np.random.SeedSequence([seed, purpose, *position])
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
+
+def seed_model(seed: int, epoch: int, step: int, rank: int) -> None:
+    """Seed dropout, random selection and noise of one step; each process draws its own."""
+    torch.manual_seed(derive(seed, MODEL, epoch, step, rank))
+
+
+@contextmanager
+def numpy_seeded(seed: int, epoch: int, step: int) -> Iterator[None]:
+    """Seed numpy's global generator, from which timm's Mixup draws, and restore it afterwards.
+
+    The same on all processes: they hold parts of one batch, which is mixed by one weight.
+    """
+    before = np.random.get_state()
+    np.random.seed(derive(seed, MIXING, epoch, step) % 2**32)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
+
+
+class Mixer:
+    """Mixes the images of a batch in pairs and turns labels into soft targets."""
+
+    def __init__(self, recipe: Recipe, num_classes: int) -> None:
+        self._recipe, self._num_classes = recipe, num_classes
+        self._mixup = Mixup(
+            mixup_alpha=recipe.mixup_alpha,
+            cutmix_alpha=recipe.cutmix_alpha,
+            prob=recipe.mix_prob,
+            label_smoothing=recipe.label_smoothing,
+            num_classes=num_classes,
+        )
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, *, epoch: int, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return mixed images and float32 targets `[n, classes]`.
+
+        Row i is mixed with row n - 1 - i; all rows of the global batch by one weight, drawn from
+        (seed, epoch, step). `images` may be changed in place.
+
+        Args:
+            images: float `[n, 3, H, W]`; n is even where images are mixed.
+            labels: int64 `[n]`.
+            epoch, step: position in the training.
+
+        Source:
+            Official trainer: timm's Mixup per batch, label smoothing on every batch.
+        """
+        if not self._recipe.mixes or len(images) == 0:
+            smoothing = self._recipe.label_smoothing
+            return images, mixup_target(labels, self._num_classes, 1.0, smoothing)
+        with numpy_seeded(self._recipe.seed, epoch, step):
+            return self._mixup(images, labels)
 
 
 class Trainer:
-    """Trains the trained values of a model; the frozen weights are never touched.
+    """Trains the trainable parameters of a model; the frozen weights are never touched.
 
     Attributes:
         model: the model, on the device of `world`.
-        optimizer: of the recipe, on the trained values.
+        optimizer: of the recipe, on the trainable parameters.
         scaler: scales the loss under float16 autocast, and is inactive otherwise.
         loss_sums: of the images that this process saw since `take_losses`: loss, cross-entropy and
             distance, float32 `[3]`, on the device.
@@ -50,7 +120,7 @@ class Trainer:
         self.images_seen = 0
 
     def begin_anew(self) -> None:
-        """Make the optimiser, without any memory, for the values that the model trains now."""
+        """Make the optimizer, without any memory, for the parameters that are trained now."""
         graph, device = self._spec.cuda_graph, self.world.device
         self.optimizer = make_optimizer(self.model, self._spec, device, graph=graph)
         self.optimizer_step = Step(
@@ -106,11 +176,11 @@ class Trainer:
         self.images_seen += count
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate of a step, of the values without one of their own."""
+        """Return the learning rate of a step, of parameters without one of their own."""
         return self._spec.peak_rate * rate_factor(self._spec, step, self._total)
 
     def share_counted(self) -> None:
-        """Give all processes what the first one counted beside the trained values (running
+        """Give all processes what the first one counted beside the parameters (running
         statistics of a head), so that they evaluate one model."""
         for value in self.model.trained_tensors().values():
             if not isinstance(value, nn.Parameter):

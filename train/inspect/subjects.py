@@ -17,7 +17,7 @@ from ...cli import UsageError
 from ..backbones import ALIASES, load_backbone
 from ..demo import backbone as demo
 from ..engine.checkpoint import CURRENT, PREVIOUS, read_checkpoint
-from ..engine.folder import ADAPTER, CONFIG
+from ..engine.rundir import ADAPTER, CONFIG
 from ..report.runs import SIGNS, finished_result, read_runs
 from ..storage import read_json
 

@@ -14,17 +14,23 @@ from typing import Any
 
 import torch
 
-from ..engine.datasets import load_splits
+from ..engine.checkpoint import Journal
+from ..engine.data import Splits, load_splits
 from ..engine.distributed import World, join
-from ..engine.folder import CONFIG, ENVIRONMENT, RESULT, claim
-from ..engine.inputs import Splits
 from ..engine.interruption import noted
-from ..engine.journal import Journal
 from ..engine.loop import Loop
 from ..engine.model import BuiltModel, build_model
 from ..engine.progress import Display
-from ..engine.record import describe_environment, read_starts, require_same_inputs
 from ..engine.result import Result, finish, read_result
+from ..engine.rundir import (
+    CONFIG,
+    ENVIRONMENT,
+    RESULT,
+    claim,
+    describe_environment,
+    read_starts,
+    require_same_inputs,
+)
 from ..options.run import RunConfig
 from ..recipes.runspec import RunSpec, resolve
 from ..report.runs import finished_result

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from ...cli import UsageError, choose_device
-from ..engine.folder import CONFIG, LOG, brief, differences, last_words, saved_description
+from ..engine.rundir import CONFIG, LOG, brief, differences, last_log_line, saved_description
 from ..options.run import RunConfig, SweepConfig
 from ..options.search import SearchConfig
 from ..recipes.runspec import RunSpec
@@ -246,4 +246,4 @@ def _run_on_free(job: Job, free: "queue.Queue[Device]", running: _Running) -> st
         free.put(device)
     if status == 0:
         return None
-    return "interrupted" if status is None else last_words(job.folder) or f"status {status}"
+    return "interrupted" if status is None else last_log_line(job.folder) or f"status {status}"

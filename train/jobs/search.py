@@ -12,8 +12,8 @@ from rich.console import Console
 
 from ...cli import UsageError
 from ..data.vtab_tasks import VTAB
-from ..engine.folder import LOG
 from ..engine.interruption import raised
+from ..engine.rundir import LOG
 from ..options.search import SearchConfig
 from ..recipes.choices import Choice, choice_path, conditions_of, write_choice
 from ..recipes.recipe import SCRIPTS, Recipe, decompose

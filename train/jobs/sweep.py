@@ -13,8 +13,8 @@ import tcpa
 from ...cli import UsageError
 from ..data.splits import NAMES, OFFICIAL_SEED
 from ..data.vtab_tasks import ALL_TASKS, GROUPS, SEEDS, TASKS
-from ..engine.folder import LOG
 from ..engine.interruption import raised
+from ..engine.rundir import LOG
 from ..options.checks import require_known
 from ..options.run import RunConfig, SweepConfig, TrainOptions
 from ..recipes.recipe import PUBLISHED_METHOD, decompose, require_row

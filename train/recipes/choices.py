@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ...cli import UsageError
-from ..engine.folder import differences
+from ..engine.rundir import differences
 from ..storage import read_json, write_json
 
 CHOICE = "choice.json"

@@ -107,6 +107,11 @@ class Recipe(Training):
         scale = self.batch_size / self.rate_batch if self.rate_batch else 1.0
         return self.learning_rate * scale
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed; global batches must then be even."""
+        return self.mix_prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
+
 
 def recipe(dataset: str, method: str = PUBLISHED_METHOD) -> Recipe:
     """Return the recipe of a method on a dataset.

@@ -8,8 +8,8 @@ from typing import Any
 
 from ...cli import UsageError
 from ..data.vtab_tasks import TASKS
-from ..engine.folder import differences
 from ..engine.loop import MEASURED_ON
+from ..engine.rundir import differences
 from ..recipes.recipe import SCRIPTS, recipe
 from .paper import ROWS, published
 from .runs import Problem, Run

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ...cli import UsageError
-from ..engine.checkpoint import CURRENT
-from ..engine.folder import CONFIG, ENVIRONMENT, LOG, METRICS, RESULT, last_words
-from ..engine.journal import read_metrics
+from ..engine.checkpoint import CURRENT, read_metrics
 from ..engine.loop import CHOOSES_ON, MEASURED_ON
+from ..engine.rundir import CONFIG, ENVIRONMENT, LOG, METRICS, RESULT, last_log_line
 from ..storage import read_json
 
 BEGUN = (CONFIG, RESULT, METRICS, CURRENT)
@@ -115,7 +114,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Problem]]:
     runs, problems = [], []
     for path in found.values():
         if not any((path / name).exists() for name in BEGUN):
-            said = last_words(path) or "empty"
+            said = last_log_line(path) or "empty"
             problems.append(Problem(path, f"has not begun; the end of its {LOG}: {said}"))
             continue
         try:

@@ -17,8 +17,8 @@ from train_runs import make_config, make_splits
 import tcpa
 from tcpa.cli import UsageError
 from tcpa.train.data.vtab_tasks import GROUPS, SEEDS, TASKS
-from tcpa.train.engine.folder import CONFIG, RESULT
 from tcpa.train.engine.interruption import Interrupted
+from tcpa.train.engine.rundir import CONFIG, RESULT
 from tcpa.train.jobs import scheduler
 from tcpa.train.jobs import sweep as sweeping
 from tcpa.train.jobs.run import run

@@ -12,7 +12,7 @@ from tcpa.inspect.style import to_png
 
 from ....cli import UsageError, choose_device, require
 from ...demo.session import provenance
-from ...engine.inputs import Splits
+from ...engine.data import Splits
 from ...options.ablate import AblateConfig
 from ...report.tables import to_grid
 from ...storage import write_whole

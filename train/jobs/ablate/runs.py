@@ -21,9 +21,9 @@ from ...demo.digits import FOLDS
 from ...demo.methods import PROMPTS, DemoMethod, chosen_methods
 from ...demo.session import DemoProgress
 from ...demo.training import DemoOutcome, DemoTask, run_tasks
-from ...engine.folder import brief, differences
-from ...engine.inputs import Splits
+from ...engine.data import Splits
 from ...engine.interruption import raised
+from ...engine.rundir import brief, differences
 from ...options.ablate import DEMO, POOL_OPTIONS, AblateConfig
 from ...options.demo import EPOCHS
 from ...recipes.runspec import RunSpec, resolve

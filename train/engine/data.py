@@ -1,6 +1,8 @@
-"""Opening the images of a run: splits under the protocol, their cache, batches on the device."""
+"""The images of a run: splits under the protocol, their cache, batches on the device."""
 
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import Progress
@@ -12,8 +14,35 @@ from ..data.crops import Transform
 from ..data.splits import SplitName, training_split
 from ..recipes.runspec import RunSpec
 from .distributed import World
-from .inputs import Splits
-from .objective import mixes
+
+
+class Source(Protocol):
+    """Batches of one split; `tcpa.train.data.Batches` is one."""
+
+    num_images: int
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch, the same on every process."""
+        ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """Yield the batches of an epoch from number `start`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Splits:
+    """The images of a run."""
+
+    train: Source
+    evaluation: Mapping[str, Source]
+    """"test", and "val" where there is one."""
+    num_classes: int
+    record: Mapping[str, Any]
+    """JSON: where the images come from, how they were split, checksums."""
+    absent: Mapping[str, list[str]] = field(default_factory=dict)
+    """Split -> classes of which it has no image, where there are any."""
+
 
 EVALUATED: dict[str, tuple[SplitName, ...]] = {
     "official": ("test",),
@@ -45,7 +74,7 @@ def load_splits(spec: RunSpec, world: World) -> Splits:
         batch_size=spec.batch_size,
         transform=Transform(train=spec.augment, **colours),
         shuffle=True,
-        even=mixes(spec),
+        even=spec.mixes,
         **shared,
     )
     evaluation, record, absent = {}, {"train": train.record}, {}

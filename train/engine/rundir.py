@@ -1,14 +1,22 @@
-"""The folder of one run: one process at a time, always with the same configuration."""
+"""The folder of one run: one process at a time, always with the same configuration, weights and
+images; with what it was made, one entry for every start."""
 
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import tcpa
+from tcpa import provenance
+
 from ...cli import UsageError
 from ..storage import cannot_write, read_json
+from .distributed import World
 
 try:
     import fcntl
@@ -25,6 +33,8 @@ BOARD = "tensorboard"
 LOG = "log.txt"
 """What a run of a sweep prints."""
 
+PACKAGES = ("torch", "timm", "triton", "torchvision", "numpy", "safetensors")
+
 LONG = 80
 """Letters of a value that a message shows."""
 
@@ -37,7 +47,7 @@ def claim(folder: Path, description: dict[str, Any]) -> Iterator[None]:
 
     Args:
         folder: of the run.
-        description: what decides the result, see `engine.settings.describe`.
+        description: what decides the result, see `RunSpec.describe`.
 
     Raises:
         UsageError: another process holds it, it belongs to another configuration, or it cannot be
@@ -142,7 +152,7 @@ def saved_description(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def last_words(folder: Path) -> str:
+def last_log_line(folder: Path) -> str:
     """Return the last line with words of a run's log, "" for none; a frame's border has none."""
     try:
         lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
@@ -170,3 +180,77 @@ def differences(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, A
     # JSON has no tuples.
     same = before == now or (isinstance(now, tuple) and before == list(now))
     return [] if same else [(name, before, now)]
+
+
+def describe_environment(world: World) -> dict[str, Any]:
+    """Return versions, commit and device of this process, as JSON data."""
+    return {
+        "date": provenance.now(),
+        "versions": versions(),
+        "commit": provenance.commit(),
+        "changed": provenance.has_changes(),
+        "system": provenance.system(),
+        "device": _device(world.device),
+        "processes": world.size,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """Return the entries of the environment record, one a start.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    path = folder / ENVIRONMENT
+    found = read_json(path)
+    if found is None:
+        return []
+    # What later starts are compared with, see `_inputs`.
+    usable = isinstance(found, list) and found and isinstance(found[0], dict)
+    usable = usable and all(isinstance(found[0].get(name), dict) for name in ("backbone", "data"))
+    if not usable:
+        raise UsageError(
+            f"{path}: got {brief(found)}, expected an entry for every start; restore it, or delete "
+            f"{folder} to begin anew"
+        )
+    return found
+
+
+def require_same_inputs(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Raise UsageError unless weights and images are those with which a run began.
+
+    Args:
+        before, now: entries of the environment record.
+        folder: of the run.
+    """
+    changed = differences(_inputs(before), _inputs(now))
+    if changed:
+        name, old, new = changed[0]
+        raise UsageError(
+            f"{name}: got {brief(new)}, expected {brief(old)}, as when the run in {folder} began; "
+            "restore those weights and images, or choose another --output"
+        )
+
+
+def _inputs(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return what tells weights and images apart; how a cache lays them out does not matter."""
+    data = {
+        name: {key: value for key, value in split.items() if key != "cache"}
+        | {"key": (split.get("cache") or {}).get("key")}
+        for name, split in entry["data"].items()
+        if isinstance(split, dict)
+    }
+    return {"backbone": entry["backbone"].get("fingerprint"), "data": data}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, of this library and of what it computes with."""
+    found = {name: provenance.version(name) for name in PACKAGES}
+    known = {name: version for name, version in found.items() if version}
+    return {"python": platform.python_version(), "tcpa": tcpa.__version__, **known}
+
+
+def _device(device: torch.device) -> str:
+    kind = "" if device.type == "cuda" else f" ({device.type})"
+    return f"{provenance.device_name(device)}{kind}"
