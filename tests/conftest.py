@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 if not torch.cuda.is_available():
     # Kernels run in Triton's interpreter; it has to be chosen before triton is imported.
@@ -27,6 +28,8 @@ def _seed() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _poison_uninitialized_memory() -> Iterator[None]:
     """Fill what the library allocates without writing to it: a read before a write shows."""
+    # `torch.device` as a context knows these functions themselves: not their stand-ins.
+    _device_constructors()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("empty", "empty_like", "empty_strided"):
             patch.setattr(torch, name, _poisoned(getattr(torch, name)))
