@@ -28,6 +28,7 @@ TRAIN += ["torchvision", "pillow", "filelock"]
 PLOT = ["matplotlib", "scikit-learn"]
 PROFILE = ["torch-tb-profiler==0.4.3"]
 DEV = [*TRAIN, *PLOT, *PROFILE, "pytest", "pytest-xdist", "hypothesis", "ruff", "pyright[nodejs]"]
+DEV += ["setuptools>=77"]
 
 setup(
     name="tcpa",
