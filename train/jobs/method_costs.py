@@ -85,9 +85,9 @@ def method_cost(recipe: Recipe, backbone: str, classes: int, image_size: int | N
             images = torch.zeros(BATCH, *_image_shape(vit))
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"--backbone {backbone}, {recipe.method}: {error}") from None
-    if isinstance(recipe.input_prompt, tcpa.DAMVPConfig):
+    for part in model.fitted_parts().values():
         # Prototypes without values are as good as any here.
-        model.input_prompt.fitted = True
+        part.fitted = True
     model.set_epoch(recipe.epochs)
     return MethodCost(
         trained=_trained(model),

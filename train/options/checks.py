@@ -2,13 +2,9 @@
 
 import math
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 from ...checks import did_you_mean
 from ...cli import UsageError, require
-
-if TYPE_CHECKING:
-    from .run import TrainOptions
 
 MAX_SEED = 2**63 - 1
 """The largest seed that torch takes."""
@@ -41,23 +37,6 @@ def parse_normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]
             f"positive deviations; {hint}"
         )
     return values[:3], values[3:]
-
-
-def check_options(options: "TrainOptions") -> None:
-    """Raise UsageError unless the values of the options that runs share can be used."""
-    parse_normalization(options.normalize)
-    for name in ("epochs", "batch_size", "eval_batch_size", "pool_size", "resize", "image_size"):
-        require_range(name, getattr(options, name), 1, math.inf)
-    for name in ("top_k", "random_selection_epochs"):
-        require_range(name, getattr(options, name), 0, math.inf)
-    for name in ("weight_decay", "match_weight", "mixup_alpha", "checkpoint_seconds"):
-        require_range(name, getattr(options, name), 0, math.inf)
-    for name in ("prompt_dropout", "label_smoothing", "prune_tokens", "prune_segments"):
-        require_range(name, getattr(options, name), 0, 1)
-    require_range("log_steps", options.log_steps, 1, math.inf)
-    rate = options.learning_rate
-    above = rate is None or 0 < rate < math.inf
-    require(above, "--learning-rate", rate, "a number above 0", "leave it out for the recipe's")
 
 
 def require_range(name: str, value: float | None, low: float, high: float) -> None:

@@ -1,15 +1,17 @@
 """What a training run can be asked for. Imports nothing heavy, so that --help is quick."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from ...cli import require
 from .checks import (
-    check_options,
     parse_normalization,
     require_different,
     require_gpus,
     require_name,
+    require_range,
     require_seed,
 )
 
@@ -21,6 +23,16 @@ except ModuleNotFoundError:
 
 VTAB_PREFIX = "vtab-"
 """What the names of the tasks of VTAB-1k begin with."""
+
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("epochs", "batch_size", "eval_batch_size", "pool_size"), (1, math.inf)),
+    **dict.fromkeys(("resize", "image_size", "log_steps"), (1, math.inf)),
+    **dict.fromkeys(("top_k", "random_selection_epochs", "weight_decay"), (0, math.inf)),
+    **dict.fromkeys(("match_weight", "mixup_alpha", "checkpoint_seconds"), (0, math.inf)),
+    **dict.fromkeys(("prompt_dropout", "label_smoothing"), (0, 1)),
+    **dict.fromkeys(("prune_tokens", "prune_segments"), (0, 1)),
+}
+"""Option -> lowest value, and the one above all."""
 
 Protocol = Literal["auto", "official", "val", "last", "tune"]
 Precision = Literal["auto", "bf16", "bf16-autocast", "fp16", "fp32"]
@@ -173,12 +185,12 @@ class TrainOptions:
     """Also write scalars for TensorBoard, in the run's folder."""
 
     def __post_init__(self) -> None:
-        check_options(self)
-
-    @property
-    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of the channels."""
-        return parse_normalization(self.normalize)
+        parse_normalization(self.normalize)
+        for name in RANGES:
+            require_range(name, getattr(self, name), *RANGES[name])
+        rate = self.learning_rate
+        above = rate is None or 0 < rate < math.inf
+        require(above, "--learning-rate", rate, "a number above 0", "leave it out for the recipe's")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,7 +215,7 @@ class RunConfig(TrainOptions):
         if self.protocol == "auto":
             usual: Protocol = "last" if self.dataset.startswith(VTAB_PREFIX) else "official"
             object.__setattr__(self, "protocol", usual)
-        check_options(self)
+        TrainOptions.__post_init__(self)
         require_name("DATASET", self.dataset)
         require_name("--method", self.method)
         if self.seed is not None:
@@ -236,7 +248,7 @@ class SweepConfig(TrainOptions):
     """Print the command of every run on a line of its own, for an array job, and run nothing."""
 
     def __post_init__(self) -> None:
-        check_options(self)
+        TrainOptions.__post_init__(self)
         for option, values in (("DATASETS", self.datasets), ("--methods", self.methods)):
             if values is not None:
                 require_different(option, values)
