@@ -15,7 +15,7 @@ from .dispatch import choose_impl
 from .loading import from_pretrained
 from .methods.adapters import AdapterTuning, AdaptFormerTuning
 from .methods.autovp import AutoVPConfig
-from .methods.base import InputConfig, PromptConfig, TuningConfig
+from .methods.base import InputConfig, Normalization, PromptConfig, TuningConfig
 from .methods.dam_vp import DAMVPConfig
 from .methods.e2vpt import E2VPTConfig
 from .methods.finetune import BiasTuning, FullTuning, LastBlockTuning
@@ -26,7 +26,7 @@ from .methods.side import SideTuning
 from .methods.tcpa import HTA_DATASETS, TCPAConfig
 from .methods.vp import VPConfig
 from .methods.vpt import VPTConfig
-from .model import Normalization, PromptedViT
+from .model import PromptedViT
 from .official import load_official_state_dict, official_state_dict
 from .ops import gated_attention, match_prompts, norm_match
 from .reference import (

@@ -11,9 +11,9 @@ from . import vit
 from .checks import require, require_choice, require_int
 from .config import Savings
 from .dispatch import IMPLS, Impl
-from .methods.base import Choices, InputConfig, PromptConfig, TuningConfig
+from .methods.base import Choices, InputConfig, Normalization, PromptConfig, TuningConfig
 from .methods.heads import HeadTuning
-from .model import Normalization, PromptedViT, implementation_on
+from .model import PromptedViT, implementation_on
 
 
 def wrap(
@@ -67,20 +67,14 @@ def wrap(
     require_choice("impl", impl, IMPLS)
     if num_classes is not None:
         require_int("num_classes", num_classes, 0)
-    choices = Choices(config, input_prompt, tuning, num_classes)
+    record = _normalization(backbone, normalization)
+    choices = Choices(config, input_prompt, tuning, num_classes, record)
     choices.validate(backbone)
     if config is not None:
         choices = choices._replace(prompts=config.fit_to(backbone))
-    record = _normalization(backbone, normalization)
     if impl != "auto":
         implementation_on(backbone, impl)
-    model = PromptedViT(
-        backbone,
-        choices,
-        savings=savings or Savings(),
-        impl=impl,
-        normalization=record,
-    )
+    model = PromptedViT(backbone, choices, savings=savings or Savings(), impl=impl)
     if num_classes is None and tuning.needs_own_head:
         num_classes = model.num_classes
     if num_classes is not None and model.mapping is None:

@@ -6,12 +6,11 @@ layers are called one by one (`forward.py`, `block.py`).
 Axes: B batch, L tokens, P prompt rows, C width, N blocks, W gate words.
 """
 
-import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +24,8 @@ from .methods.base import Choices, Fitted, InputPrompt, PromptSource, require_cl
 from .prompt_kv import PromptProjector
 from .saving import save_pretrained
 
-
-class Normalization(NamedTuple):
-    """Channel mean and standard deviation that the images were normalised with; a record."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
 MAX_EPOCH = 2**31
 
-_log = logging.getLogger("tcpa")
 _owners: "weakref.WeakValueDictionary[int, PromptedViT]" = weakref.WeakValueDictionary()
 """Which model has taken over the backbone of an id."""
 
@@ -91,14 +81,12 @@ class PromptedViT(nn.Module):
         *,
         savings: Savings,
         impl: Impl,
-        normalization: Normalization,
     ) -> None:
         super().__init__()
         self.backbone = cast(Any, backbone)
-        self.config, self.input_config, self.tuning, _ = choices
+        self.config, self.input_config, self.tuning, _, self.normalization = choices
         self.savings = savings
         self.impl: Impl = impl
-        self.normalization = normalization
         self.epoch = 0
         self.random_epochs = 0 if self.config is None else self.config.random_epochs
         self.selects_randomly = self.random_epochs > 0
@@ -106,7 +94,7 @@ class PromptedViT(nn.Module):
         self.recomputes = False
         self.recording: Capture | None = None
         self.projector = PromptProjector()
-        for name, module in choices.build(backbone, normalization).items():
+        for name, module in choices.build(backbone).items():
             setattr(self, name, module)
         self._freeze()
         self.train()

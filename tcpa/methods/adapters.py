@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import require_bool, require_int, require_number
-from .base import Modules
+from .base import Choices, Modules
 from .heads import HeadTuning
 
 
@@ -33,7 +33,7 @@ class AdapterTuning(HeadTuning):
         require_int("reduction", self.reduction, 1)
         require_bool("zero_init", self.zero_init)
 
-    def build(self, backbone: Any) -> Modules:
+    def build(self, backbone: Any, choices: Choices) -> Modules:
         width = backbone.embed_dim
         hidden = max(width // self.reduction, 1)
         made = (Adapter(width, hidden, zero_init=self.zero_init) for _ in backbone.blocks)
@@ -65,7 +65,7 @@ class AdaptFormerTuning(HeadTuning):
     def scaled_to(self, width: int, reference: int) -> Self:
         return self.replace(bottleneck=max(self.bottleneck * width // reference, 1))
 
-    def build(self, backbone: Any) -> Modules:
+    def build(self, backbone: Any, choices: Choices) -> Modules:
         made = (AdaptFormer(backbone.embed_dim, self) for _ in backbone.blocks)
         return {"adapters": nn.ModuleList(made)}
 

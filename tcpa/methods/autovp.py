@@ -88,16 +88,11 @@ class AutoVPConfig(InputConfig):
         require(bool(given), "num_classes", given, "the classes to map to", remedy)
         require_one_head(backbone, "mapping", "one head", "use head")
 
-    def build(
-        self,
-        backbone: Any,
-        normalization: tuple[Sequence[float], Sequence[float]],
-        num_classes: int | None,
-    ) -> Modules:
+    def build(self, backbone: Any, choices: Choices) -> Modules:
         channels, size = vit.input_channels(backbone), image_size(backbone)
-        made: Modules = {"input_prompt": BorderPrompt(self, channels, size, normalization)}
+        made: Modules = {"input_prompt": BorderPrompt(self, channels, size, choices.normalization)}
         if self.maps_logits:
-            made["mapping"] = OutputMapping(self, backbone.num_classes, num_classes or 0)
+            made["mapping"] = OutputMapping(self, backbone.num_classes, choices.num_classes or 0)
         return made
 
 

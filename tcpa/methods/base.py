@@ -5,15 +5,11 @@ image (`InputConfig`), what else is trained (`TuningConfig`). A method is one fi
 dataclass derived from one of the three, with a `name`, whose `build` makes its modules. The names
 are found by importing the folder; no list is edited.
 
-Modules are attributes of the model, and parts of the names of saved values: `pools` or `tokens` (a
-`PromptSource`), `value_affine`, `image_prompt`, `input_prompt` (an `InputPrompt`),
-`feature_prompt`, `mapping`, `adapters`, `side`.
-
 Axes: B batch, L tokens, P prompt rows of a block, C width, N blocks, H heads, D head dim.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -24,8 +20,29 @@ from ..checks import require
 from ..dispatch import Impl
 from ..reference import NormalizeOver
 
+MODULES = (
+    "pools",
+    "tokens",
+    "value_affine",
+    "input_prompt",
+    "feature_prompt",
+    "adapters",
+    "side",
+    "image_prompt",
+    "mapping",
+)
+"""Names of a method's modules, in the order in which a model holds them: parts of the names of
+saved values. `pools` or `tokens` is a `PromptSource`, `input_prompt` an `InputPrompt`."""
+
 Modules = dict[str, nn.Module]
-"""Modules by their name in the model, made in this order."""
+"""Modules by name, in the order in which they are made."""
+
+
+class Normalization(NamedTuple):
+    """Channel mean and standard deviation that the images were normalised with; a record."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 WITHOUT_SELECTION = "a model without TCPA, whose tokens all see the same prompts or none"
@@ -63,6 +80,10 @@ class MethodConfig:
     def validate(self, backbone: Any, choices: "Choices") -> None:
         """Raise ValueError, with the reason, for what makes no sense with it; `wrap` calls this."""
 
+    def build(self, backbone: Any, choices: "Choices") -> Modules:
+        """Make its modules, the names among `MODULES`."""
+        return {}
+
     def describe(self) -> str:
         """Say it in a few words, for `tcpa-train methods`."""
         return self.name
@@ -78,6 +99,9 @@ class PromptConfig(MethodConfig):
     __slots__ = ()
     kinds: ClassVar[dict[str, type["PromptConfig"]]] = {}
 
+    length: int
+    """Prompt tokens, where there are no pools."""
+
     match_weight: float = 0.0
     """Weight of the match distance in the loss; the optimizer step reads it."""
 
@@ -87,7 +111,7 @@ class PromptConfig(MethodConfig):
     @property
     def num_prompts(self) -> int:
         """P, the prompt rows of one block."""
-        raise NotImplementedError
+        return self.length
 
     @property
     def random_epochs(self) -> int:
@@ -114,10 +138,6 @@ class PromptConfig(MethodConfig):
     def resized(self, rows: int) -> Self:
         """Return it with so many prompt rows a block and without dropout, for the demo."""
         return self.replace(length=rows, dropout=0.0)
-
-    def build(self, backbone: Any) -> Modules:
-        """Make the modules, among them one `PromptSource`."""
-        raise NotImplementedError
 
 
 class InputConfig(MethodConfig):
@@ -149,15 +169,6 @@ class InputConfig(MethodConfig):
         """Return how many of its parameters are pixels of a square image."""
         return channels * self.border(side)
 
-    def build(
-        self,
-        backbone: Any,
-        normalization: tuple[Sequence[float], Sequence[float]],
-        num_classes: int | None,
-    ) -> Modules:
-        """Make the modules, among them one `InputPrompt`."""
-        raise NotImplementedError
-
 
 class TuningConfig(MethodConfig):
     """What is trained besides prompts: the head always."""
@@ -166,25 +177,21 @@ class TuningConfig(MethodConfig):
     kinds: ClassVar[dict[str, type["TuningConfig"]]] = {}
 
     trains_backbone: ClassVar[bool] = False
-    """Whether parameters of the backbone are trained, which then have to be kept in float32."""
+    """Whether parameters of the backbone are trained, which then have to be in float32."""
 
     @property
     def plain_head(self) -> bool:
         """Whether the head is timm's, as torch initialises it."""
-        raise NotImplementedError
+        return True
 
     @property
     def needs_own_head(self) -> bool:
         """Whether a head that the backbone brings has to be replaced."""
-        raise NotImplementedError
+        return False
 
     def make_head(self, linear: nn.Module) -> nn.Module:
         """Return the head around the fresh last layer of timm: `nn.Linear`, or `nn.Identity`."""
-        raise NotImplementedError
-
-    def build(self, backbone: Any) -> Modules:
-        """Make the modules beside the backbone."""
-        return {}
+        return linear
 
     def load_pretrained(self, model: Any) -> None:
         """Put pretrained values into modules of a model; RuntimeError where there are none."""
@@ -207,12 +214,13 @@ class TuningConfig(MethodConfig):
 
 
 class Choices(NamedTuple):
-    """The three choices of a model, and the number of classes asked for."""
+    """The choices that make a model, and what their modules have to know."""
 
     prompts: PromptConfig | None
     input_prompt: InputConfig | None
     tuning: TuningConfig
     num_classes: int | None
+    normalization: Normalization
 
     def validate(self, backbone: Any) -> None:
         """Refuse what cannot work together.
@@ -237,37 +245,19 @@ class Choices(NamedTuple):
             if choice is not None:
                 choice.validate(backbone, self)
 
-    def build(
-        self, backbone: Any, normalization: tuple[Sequence[float], Sequence[float]]
-    ) -> dict[str, nn.Module | None]:
-        """Return all modules by their name in the model, None where there is none, on the device of
-        the backbone and in float32 at least."""
+    def build(self, backbone: Any) -> dict[str, nn.Module | None]:
+        """Return all modules by name, None where there is none, on the device of the backbone and
+        in float32 at least."""
         made: Modules = {}
-        if self.prompts is not None:
-            made |= self.prompts.build(backbone)
-        if self.input_prompt is not None:
-            made |= self.input_prompt.build(backbone, normalization, self.num_classes)
-        made |= self.tuning.build(backbone)
+        for choice in (self.prompts, self.input_prompt, self.tuning):
+            if choice is not None:
+                made |= choice.build(backbone, self)
         weight = vit.input_weight(backbone)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         for module in made.values():
             module.to(device=weight.device, dtype=dtype)
         made.setdefault("image_prompt", nn.Sequential())
         return {name: made.get(name) for name in MODULES}
-
-
-MODULES = (
-    "pools",
-    "tokens",
-    "value_affine",
-    "input_prompt",
-    "feature_prompt",
-    "adapters",
-    "side",
-    "image_prompt",
-    "mapping",
-)
-"""Names of modules in the order in which a model holds them."""
 
 
 class Match(NamedTuple):
@@ -282,10 +272,11 @@ class Match(NamedTuple):
 
 
 class PromptSource(nn.Module):
-    """Where the prompts of all blocks come from, and what else happens around a block."""
+    """Where the prompts of all blocks come from, `forward(batch_size)`: `[N, P, C]` shared by the
+    batch, or `[N, B, P, C]`; and what else happens around a block."""
 
     shallow = False
-    """Whether prompts enter before the first block alone and pass through as tokens do."""
+    """Whether prompts enter before the first block alone, N = 1, and pass through as tokens do."""
 
     prunes = False
     """Whether it has masks, and `prune`, as E2VPT has."""
@@ -296,28 +287,22 @@ class PromptSource(nn.Module):
     normalize_over: NormalizeOver = "all"
 
     @property
+    def noise(self) -> float:
+        """Standard deviation of what training adds to the tokens between matching and norm."""
+        return 0.0
+
+    @property
     def num_pruned(self) -> int:
         """Number of values that pruning has taken out."""
         return 0
 
-    @property
-    def noise(self) -> float:
-        """Standard deviation of what is added to the tokens between matching and norm."""
-        return 0.0
-
-    def forward(self, batch_size: int) -> Tensor:
-        """Return the prompts of all blocks (of the first, if shallow), `[N, P, C]` shared by the
-        batch or `[N, B, P, C]`."""
-        raise NotImplementedError
-
     def match(
         self, index: int, x: Tensor, norm: nn.LayerNorm | None, *, draw: bool, impl: Impl
     ) -> Match:
-        """Let the tokens `[B, L, C]` of a block select.
+        """Let the tokens `[B, L, C]` of block `index` select.
 
         Args:
-            index: number of the block.
-            x: the tokens.
+            index, x: the block, its tokens.
             norm: the block's first norm, if it may be computed along.
             draw: select at random.
             impl: as in `match_prompts`.

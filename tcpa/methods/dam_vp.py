@@ -62,12 +62,7 @@ class DAMVPConfig(VPConfig):
         tuning = choices.tuning
         require(not tuning.trains_backbone, "tuning", type(tuning).__name__, reason, remedy)
 
-    def build(
-        self,
-        backbone: Any,
-        normalization: tuple[Sequence[float], Sequence[float]],
-        num_classes: int | None,
-    ) -> Modules:
+    def build(self, backbone: Any, choices: Choices) -> Modules:
         channels, size = vit.input_channels(backbone), image_size(backbone)
         return {"input_prompt": ClusterFramePrompt(self, channels, size, backbone.embed_dim)}
 

@@ -58,7 +58,7 @@ class E2VPTConfig(PromptConfig):
         divides = width % self.segments == 0
         require(divides, "segments", self.segments, f"a divisor of the width {width}", remedy)
 
-    def build(self, backbone: Any) -> Modules:
+    def build(self, backbone: Any, choices: Choices) -> Modules:
         return {"tokens": E2VPTPrompts(self, backbone)}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import require_int, require_number
-from .base import Modules, PromptConfig, PromptSource
+from .base import Choices, Modules, PromptConfig, PromptSource
 from .vpt import drop_elements, init_tokens
 
 TEMPERATURES = (0.01, 10.0)
@@ -39,15 +39,10 @@ class GatedPromptConfig(PromptConfig):
         require_number("gate_init", self.gate_init, 0.0)
         require_number("dropout", self.dropout, 0.0, 1.0)
 
-    @property
-    def num_prompts(self) -> int:
-        """P, the prompt tokens."""
-        return self.length
-
     def describe(self) -> str:
         return f"{self.length} with gates"
 
-    def build(self, backbone: Any) -> Modules:
+    def build(self, backbone: Any, choices: Choices) -> Modules:
         return {"tokens": GatedPrompts(self, backbone)}
 
 

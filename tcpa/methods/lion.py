@@ -10,7 +10,7 @@ changes at most as fast as its argument. The layers themselves are our choice; s
 Axes: B batch, C width, h hidden channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -71,12 +71,7 @@ class LIONConfig(InputConfig):
     def validate(self, backbone: Any, choices: Choices) -> None:
         require_one_head(backbone, "tuning", "one feature to blend", "use one with one head")
 
-    def build(
-        self,
-        backbone: Any,
-        normalization: tuple[Sequence[float], Sequence[float]],
-        num_classes: int | None,
-    ) -> Modules:
+    def build(self, backbone: Any, choices: Choices) -> Modules:
         channels, width = vit.input_channels(backbone), backbone.embed_dim
         return {
             "input_prompt": EquilibriumImagePrompt(self, channels),

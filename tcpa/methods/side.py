@@ -39,7 +39,7 @@ class SideTuning(HeadTuning):
         fits = channels in (1, 3)
         require(fits, "tuning", f"{channels} channels", "1 or 3, which AlexNet can read", remedy)
 
-    def build(self, backbone: Any) -> Modules:
+    def build(self, backbone: Any, choices: Choices) -> Modules:
         return {"side": SideNetwork(backbone.embed_dim)}
 
     def load_pretrained(self, model: Any) -> None:

@@ -15,8 +15,8 @@ from .. import vit
 from ..checks import require, require_bool, require_choice, require_int, require_number
 from ..dispatch import Impl
 from ..ops import match_prompts_unchecked, norm_match_unchecked
-from ..reference import NormalizeOver, random_gate, role_gate
-from .base import Match, Modules, PromptConfig, PromptSource
+from ..reference import random_gate, role_gate
+from .base import Choices, Match, Modules, PromptConfig, PromptSource
 from .vpt import drop_elements, fourier_transform
 
 _log = logging.getLogger("tcpa")
@@ -197,7 +197,7 @@ class TCPAConfig(PromptConfig):
             prompt_dropout=0.0,
         )
 
-    def build(self, backbone: Any) -> Modules:
+    def build(self, backbone: Any, choices: Choices) -> Modules:
         made: Modules = {"pools": PromptPools(self, backbone)}
         if self.value_affine:
             made["value_affine"] = ValueAffine(self.num_prompts, backbone)
@@ -248,7 +248,7 @@ class PromptPools(PromptSource):
 
     def __init__(self, config: TCPAConfig, backbone: Any) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.normalize_over = config, config.normalize_over
         self.layout: dict[str, Any] = {
             "lengths": config.lengths,
             "num_prefix_tokens": backbone.num_prefix_tokens,
@@ -269,10 +269,6 @@ class PromptPools(PromptSource):
         """Draw all keys and prompts from U(-1, 1)."""
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -1.0, 1.0)
-
-    @property
-    def normalize_over(self) -> NormalizeOver:
-        return self.config.normalize_over
 
     @property
     def noise(self) -> float:

@@ -3,7 +3,6 @@
 Axes: B batch, J frames.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import vit
 from ..checks import require, require_int
-from .base import InputConfig, InputPrompt, Modules
+from .base import Choices, InputConfig, InputPrompt, Modules
 
 REFERENCE_SIDE = 224
 """Side of the images, pixels, for which the papers state their sizes."""
@@ -45,12 +44,7 @@ class VPConfig(InputConfig):
     def border(self, side: int) -> int:
         return side**2 - (side - 2 * self.width_on(side)) ** 2
 
-    def build(
-        self,
-        backbone: Any,
-        normalization: tuple[Sequence[float], Sequence[float]],
-        num_classes: int | None,
-    ) -> Modules:
+    def build(self, backbone: Any, choices: Choices) -> Modules:
         channels, size = vit.input_channels(backbone), image_size(backbone)
         return {"input_prompt": FramePrompt(self, channels, size)}
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import require, require_bool, require_choice, require_int, require_number
-from .base import Modules, PromptConfig, PromptSource
+from .base import Choices, Modules, PromptConfig, PromptSource
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,11 +56,6 @@ class VPTConfig(PromptConfig):
         require_choice("init", self.init, ("xavier", "uniform"))
 
     @property
-    def num_prompts(self) -> int:
-        """P, the prompt rows of one block."""
-        return self.length
-
-    @property
     def label(self) -> str:
         return "VFPT" if self.fourier_fraction else "VPT-deep" if self.deep else "VPT-shallow"
 
@@ -68,7 +63,7 @@ class VPTConfig(PromptConfig):
         kind = "Fourier " if self.fourier_fraction else ""
         return f"{kind}{self.length} {'a block' if self.deep else 'at the first block'}"
 
-    def build(self, backbone: Any) -> Modules:
+    def build(self, backbone: Any, choices: Choices) -> Modules:
         return {"tokens": VPTPrompts(self, backbone)}
 
     @classmethod

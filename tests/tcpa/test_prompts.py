@@ -94,6 +94,6 @@ def test_image_prompt_is_a_residual_of_6547_parameters():
     torch.nn.init.zeros_(prompt.contract.bias)
     images = torch.randn(2, 3, 20, 24)
     assert torch.equal(prompt(images), images)
-    both = TCPAConfig(simam=True, image_prompt=True).build(BACKBONE)["image_prompt"]
+    both = TCPAConfig(simam=True, image_prompt=True).build(BACKBONE, None)["image_prompt"]
     assert [type(layer) for layer in both.children()] == [SimAM, ConvImagePrompt]
-    assert not list(TCPAConfig().build(BACKBONE)["image_prompt"].children())
+    assert not list(TCPAConfig().build(BACKBONE, None)["image_prompt"].children())
