@@ -143,21 +143,21 @@ class PromptedViT(nn.Module):
         self.backbone.eval()
         for layer in (*self._heads(), *self.tuning.dropout_layers(self.backbone)):
             layer.train(mode)
-        self.forget()
+        self.clear_cache()
         return self
 
     def _heads(self) -> list[nn.Module]:
         """Return the classification layers that are trained."""
         return [] if self.mapping is not None else vit.classifier_layers(self.backbone)
 
-    def forget(self) -> None:
-        """Forget what was computed from parameters, for who changes them through `.data`."""
+    def clear_cache(self) -> None:
+        """Drop what was computed from parameters, for who changes them through `.data`."""
         self.projector.clear()
         self.opened_modules = vit.opened_modules(self.backbone)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moves and conversions replace values without touching version counters.
-        self.forget()
+        self.clear_cache()
         return super()._apply(fn, recurse)
 
     def set_epoch(self, epoch: int) -> None:
@@ -192,7 +192,7 @@ class PromptedViT(nn.Module):
         self.recomputes = enable
 
     def trainable_named_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the trained parameters by name: prompts, optional modules, what the tuning names
+        """Return the trainable parameters by name: prompts, optional modules, what the tuning names
         of the backbone, classification head."""
         self.require_backbone()
         frozen = {id(p) for p in self.backbone.parameters()}
@@ -202,7 +202,7 @@ class PromptedViT(nn.Module):
         return {name: p for name, p in self.named_parameters() if id(p) not in frozen}
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """Return all that training decides, by name: the trained parameters, and what is found or
+        """Return all that training decides, by name: the trainable parameters, and what is found or
         counted beside them (prototypes, mappings, masks, running statistics)."""
         heads = {id(b) for layer in self._heads() for b in layer.buffers()}
         state = self.state_dict(keep_vars=True)
@@ -241,12 +241,12 @@ class PromptedViT(nn.Module):
         return {name: part for name, part in parts.items() if part is not None}
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Return the trained parameters, for an optimiser."""
+        """Return the trainable parameters, for an optimizer."""
         return list(self.trainable_named_parameters().values())
 
     @property
     def num_trainable(self) -> int:
-        """Number of trained values, without those of E2VPT's prompts that are pruned."""
+        """Number of trainable parameters, without those that pruning has taken out."""
         pruned = 0 if self.prompt_source is None else self.prompt_source.num_pruned
         return sum(p.numel() for p in self.trainable_parameters()) - pruned
 

@@ -193,10 +193,6 @@ class OutputMapping(Fitted):
             index = torch.full((num_classes, config.sources), -1)
         self.register_buffer("index", index)
 
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        super()._load_from_state_dict(*args, **options)
-        self.find_fitted()
-
     def find_fitted(self) -> None:
         self.fitted = self.index is None or bool((self.index >= 0).all())
 

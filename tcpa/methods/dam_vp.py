@@ -141,9 +141,7 @@ class ClusterFramePrompt(FramePrompt):
             own = getattr(self, name)
             got, expected = f"{name} {list(value.shape)}", f"{list(own.shape[1:])}"
             remedy = "use a meta-prompt of the same width and image size"
-            require(
-                tuple(value.shape) == tuple(own.shape[1:]), "meta_prompt", got, expected, remedy
-            )
+            require(value.shape == own.shape[1:], "meta_prompt", got, expected, remedy)
         for name, value in zip(STRIPS, strips, strict=True):
             getattr(self, name).copy_(value)
 
@@ -161,13 +159,6 @@ class ClusterFramePrompt(FramePrompt):
         exact = torch.promote_types(features.dtype, self.prototypes.dtype)
         difference = features.to(exact)[:, None] - self.prototypes.to(exact)
         return difference.square().sum(-1).argmin(1)
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, *args: Any, **options: Any
-    ) -> None:
-        self.resize_for(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **options)
-        self.find_fitted()
 
     def resize_for(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
         found = tensors.get(f"{prefix}prototypes")

@@ -249,20 +249,15 @@ class PromptPools(PromptSource):
     def __init__(self, config: TCPAConfig, backbone: Any) -> None:
         super().__init__()
         self.config, self.normalize_over = config, config.normalize_over
-        self.layout: dict[str, Any] = {
-            "lengths": config.lengths,
-            "num_prefix_tokens": backbone.num_prefix_tokens,
-        }
+        prefix = backbone.num_prefix_tokens
+        self.layout: dict[str, Any] = {"lengths": config.lengths, "num_prefix_tokens": prefix}
         depth, width = len(backbone.blocks), backbone.embed_dim
-        cls_pool, image_pool = config.cls_pool_size, config.image_pool_size
+        cls_pool, image_pool = config.num_pool
         self.cls_keys = nn.Parameter(torch.empty(depth, cls_pool, width))
-        self.cls_prompts = nn.Parameter(
-            torch.empty(depth, cls_pool, config.cls_prompt_length, width)
-        )
+        cls_length, image_length = config.lengths
+        self.cls_prompts = nn.Parameter(torch.empty(depth, cls_pool, cls_length, width))
         self.image_keys = nn.Parameter(torch.empty(depth, image_pool, width))
-        self.image_prompts = nn.Parameter(
-            torch.empty(depth, image_pool, config.image_prompt_length, width)
-        )
+        self.image_prompts = nn.Parameter(torch.empty(depth, image_pool, image_length, width))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

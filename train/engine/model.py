@@ -114,7 +114,7 @@ def _store(model: tcpa.PromptedViT, weights: torch.dtype) -> tcpa.PromptedViT:
         parameter.data = values[name]
     for module, name, value in counted:
         setattr(module, name, value)
-    model.forget()
+    model.clear_cache()
     return model
 
 
