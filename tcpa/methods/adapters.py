@@ -81,14 +81,10 @@ class Adapter(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, zero_init: bool = False) -> None:
         super().__init__()
-        self.zero_init = zero_init
         self.down = nn.Linear(width, hidden)
         self.up = nn.Linear(hidden, width)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start from a function that adds nothing."""
-        if self.zero_init:
+        # A function that adds nothing at first.
+        if zero_init:
             nn.init.zeros_(self.down.weight)
         else:
             nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))

@@ -127,12 +127,6 @@ class BorderPrompt(InputPrompt):
             flat = torch.tensor(values).view(-1, 1, 1)
             self.register_buffer(name, flat, persistent=False)
 
-    def reset_parameters(self) -> None:
-        """Start from pixels of 0 before the sigmoid, and scale 1."""
-        nn.init.zeros_(self.pixels)
-        if self.scale is not None:
-            nn.init.ones_(self.scale)
-
     def forward(self, images: Tensor) -> Tensor:
         """Map normalised images `[B, 3, H, W]` to others of the same size."""
         require_size(images, self.size)

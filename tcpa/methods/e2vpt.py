@@ -3,7 +3,6 @@
 Axes: N blocks, B batch, P prompt tokens of a block, H heads, D head dim, C width.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -80,18 +79,13 @@ class E2VPTPrompts(PromptSource):
     def __init__(self, config: E2VPTConfig, backbone: Any) -> None:
         super().__init__()
         self.config = config
-        self.patch_area = math.prod(backbone.patch_embed.patch_size)
         depth, width, attn = len(backbone.blocks), backbone.embed_dim, backbone.blocks[0].attn
         self.prompts = nn.Parameter(torch.empty(depth, config.length, width))
         shape = (depth, attn.num_heads, config.kv_length, attn.head_dim)
         self.key_values = nn.Parameter(torch.empty(shape))
         self.register_buffer("token_mask", torch.ones(config.length))
         self.register_buffer("segment_mask", torch.ones(config.length, config.segments))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the prompts anew; the masks stay."""
-        init_tokens(self.prompts, self.patch_area)
+        init_tokens(self.prompts, backbone)
         with torch.no_grad():
             for block in self.key_values:
                 nn.init.kaiming_uniform_(block)

@@ -3,7 +3,6 @@
 Axes: B batch, P prompt tokens, C width.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -55,17 +54,12 @@ class GatedPrompts(PromptSource):
     def __init__(self, config: GatedPromptConfig, backbone: Any) -> None:
         super().__init__()
         self.config = config
-        self.patch_area = math.prod(backbone.patch_embed.patch_size)
         depth = len(backbone.blocks)
         self.prompts = nn.Parameter(torch.empty(1, config.length, backbone.embed_dim))
         self.gates = nn.Parameter(torch.empty(depth - 1))
         self.temperatures = nn.Parameter(torch.empty(depth))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the prompts from VPT's U(-v, v); gates nearly shut, temperatures 1."""
-        init_tokens(self.prompts, self.patch_area)
-        nn.init.constant_(self.gates, -self.config.gate_init)
+        init_tokens(self.prompts, backbone)
+        nn.init.constant_(self.gates, -config.gate_init)
         nn.init.ones_(self.temperatures)
 
     def forward(self, batch_size: int) -> Tensor:

@@ -129,10 +129,6 @@ class EquilibriumImagePrompt(InputPrompt):
         size = config.kernel_size
         self.state = nn.Conv2d(channels, channels, size, padding="same", bias=False)
         self.inject = nn.Conv2d(channels, channels, size, padding="same")
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start from no prompt."""
         self.state.reset_parameters()
         nn.init.zeros_(self.inject.weight)
         if self.inject.bias is not None:
@@ -163,10 +159,6 @@ class EquilibriumFeaturePrompt(nn.Module):
         self.inject_image = nn.Linear(channels * GRID * GRID, hidden)
         self.inject_feature = nn.Linear(width, hidden, bias=False)
         self.out = nn.Linear(hidden, width)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start from no prompt."""
         for layer in (self.state, self.inject_image, self.inject_feature):
             layer.reset_parameters()
         nn.init.zeros_(self.out.weight)

@@ -258,10 +258,6 @@ class PromptPools(PromptSource):
         self.cls_prompts = nn.Parameter(torch.empty(depth, cls_pool, cls_length, width))
         self.image_keys = nn.Parameter(torch.empty(depth, image_pool, width))
         self.image_prompts = nn.Parameter(torch.empty(depth, image_pool, image_length, width))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw all keys and prompts from U(-1, 1)."""
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -1.0, 1.0)
 
@@ -327,10 +323,7 @@ class ValueAffine(nn.Module):
         width = attn.num_heads * attn.head_dim
         self.scale = nn.Parameter(torch.empty(1, num_prompts, width))
         self.shift = nn.Parameter(torch.empty(1, num_prompts, width))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start near the identity: 1 + 0.1 z and 0.1 z with Kaiming-normal z."""
+        # Near the identity: 1 + 0.1 z and 0.1 z with Kaiming-normal z.
         for parameter, offset in ((self.scale, 1.0), (self.shift, 0.0)):
             if parameter.numel():
                 nn.init.kaiming_normal_(parameter, nonlinearity="relu")

@@ -79,17 +79,12 @@ class FramePrompt(InputPrompt):
             options = {"device": like.device, "dtype": like.dtype}
         for name, shape in shapes.items():
             setattr(self, name, nn.Parameter(torch.empty(shape, **options)))
-        self.reset_parameters()
+            nn.init.normal_(getattr(self, name))
 
     @property
     def num_frames(self) -> int:
         """J."""
         return len(self.up)
-
-    def reset_parameters(self) -> None:
-        """Draw all frames from N(0, 1)."""
-        for name in STRIPS:
-            nn.init.normal_(getattr(self, name))
 
     def frames(self, index: Tensor | None = None) -> Tensor:
         """Return frames with zeros inside, `[J, 3, H, W]`, or those of an index, `[B, 3, H, W]`."""

@@ -135,8 +135,9 @@ def drop_elements(
     return F.dropout(prompts, p)
 
 
-def init_tokens(prompts: Tensor, patch_area: int) -> None:
+def init_tokens(prompts: Tensor, backbone: Any) -> None:
     """Draw prompts `[..., C]` from VPT's U(-v, v), v = sqrt(6 / (3 * patch area + C))."""
+    patch_area = math.prod(backbone.patch_embed.patch_size)
     bound = math.sqrt(6 / (3 * patch_area + prompts.shape[-1]))
     nn.init.uniform_(prompts, -bound, bound)
 
@@ -147,15 +148,10 @@ class VPTPrompts(PromptSource):
     def __init__(self, config: VPTConfig, backbone: Any) -> None:
         super().__init__()
         self.config, self.shallow = config, not config.deep
-        self.patch_area = math.prod(backbone.patch_embed.patch_size)
         depth = len(backbone.blocks) if config.deep else 1
         self.prompts = nn.Parameter(torch.empty(depth, config.length, backbone.embed_dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the prompts from the distribution that the configuration names."""
-        if self.config.init == "xavier":
-            init_tokens(self.prompts, self.patch_area)
+        if config.init == "xavier":
+            init_tokens(self.prompts, backbone)
         else:
             nn.init.uniform_(self.prompts, -1.0, 1.0)
 

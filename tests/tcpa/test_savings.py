@@ -26,31 +26,23 @@ from tcpa import (
 )
 
 NAMES = [field.name for field in dataclasses.fields(Savings)]
-TCPA = TCPAConfig(
-    cls_pool_size=6,
-    image_pool_size=9,
-    cls_top_k=2,
-    image_top_k=3,
-    cls_prompt_length=2,
-    prompt_dropout=0.0,
-    random_selection_epochs=0,
-    match_weight=0.5,
-)
+SIZES = {"cls_pool_size": 6, "image_pool_size": 9, "cls_top_k": 2, "image_top_k": 3}
+QUIET = {"prompt_dropout": 0.0, "random_selection_epochs": 0, "match_weight": 0.5}
+TCPA = TCPAConfig(cls_prompt_length=2, **SIZES, **QUIET)
+E2VPT = E2VPTConfig(length=3, kv_length=4, dropout=0.0)
+GATED = GatedPromptConfig(length=4, gate_init=0.5, dropout=0.0)
 METHODS = {
     "tcpa": TCPA,
-    "tcpa-visible": dataclasses.replace(TCPA, normalize_over="visible"),
-    "tcpa-role": dataclasses.replace(TCPA, coordination="role"),
-    "tcpa-all-modules": dataclasses.replace(TCPA, value_affine=True, simam=True, image_prompt=True),
+    "tcpa-visible": TCPA.replace(normalize_over="visible"),
+    "tcpa-role": TCPA.replace(coordination="role"),
+    "tcpa-all-modules": TCPA.replace(value_affine=True, simam=True, image_prompt=True),
     "vpt-deep": VPTConfig(length=7),
     "vpt-shallow": VPTConfig(length=7, deep=False),
     "vfpt": VPTConfig(length=7, fourier_fraction=0.6),
     "linear": None,
-    "e2vpt": E2VPTConfig(length=3, kv_length=4, dropout=0.0),
-    "gated": GatedPromptConfig(length=4, gate_init=0.5, dropout=0.0),
-    "e2vpt-last-block": {
-        "config": E2VPTConfig(length=3, kv_length=4, dropout=0.0),
-        "tuning": LastBlockTuning(),
-    },
+    "e2vpt": E2VPT,
+    "gated": GATED,
+    "e2vpt-last-block": {"config": E2VPT, "tuning": LastBlockTuning()},
 }
 """Configuration of the token prompts, or all three choices."""
 
@@ -58,7 +50,7 @@ CHOICES = {
     "vpt-deep-full": {"config": VPTConfig(length=3), "tuning": FullTuning()},
     "tcpa-bias": {"config": TCPA, "tuning": BiasTuning()},
     "gated-adaptformer-dam-vp": {
-        "config": GatedPromptConfig(length=4, gate_init=0.5, dropout=0.0),
+        "config": GATED,
         "tuning": AdaptFormerTuning(head="linear", dropout=0.0),
         "input_prompt": DAMVPConfig(num_clusters=2),
     },
@@ -75,7 +67,6 @@ def run(architecture, config, savings):
     """Logits, distance and all trained gradients of one step in float64."""
     backbone = architecture.create(torch.float64)
     choices = config if isinstance(config, dict) else {"config": config}
-    config = choices["config"]
     torch.manual_seed(3)
     model = wrap(backbone, savings=savings, **choices)
     images = architecture.images(dtype=torch.float64)
@@ -87,8 +78,8 @@ def run(architecture, config, savings):
     if isinstance(choices.get("input_prompt"), DAMVPConfig):
         model.fit_clusters(images)
     logits, distance = model(images, return_distance=True)
-    weight = config.match_weight if isinstance(config, TCPAConfig) else 0.0
-    (F.cross_entropy(logits, torch.tensor([0, 1, 2])) + weight * distance).backward()
+    loss = F.cross_entropy(logits, torch.tensor([0, 1, 2])) + model.match_weight * distance
+    loss.backward()
     values = {"logits": logits.detach(), "distance": distance.detach()}
     for name, parameter in model.trainable_named_parameters().items():
         grad = parameter.grad
@@ -113,9 +104,8 @@ def assert_equal(got, expected):
 def test_each_saving_alone_equals_the_plain_form(name, method):
     architecture = ARCHITECTURES["vit-tiny"]
     plain = run(architecture, method, Savings.none())
-    assert_equal(
-        run(architecture, method, dataclasses.replace(Savings.none(), **{name: True})), plain
-    )
+    alone = replace(Savings.none(), **{name: True})
+    assert_equal(run(architecture, method, alone), plain)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
@@ -123,7 +113,7 @@ def test_each_saving_alone_equals_the_plain_form(name, method):
 def test_each_saving_left_out_equals_all_of_them(name, method):
     architecture = ARCHITECTURES["vit-tiny"]
     full = run(architecture, method, Savings())
-    assert_equal(run(architecture, method, dataclasses.replace(Savings(), **{name: False})), full)
+    assert_equal(run(architecture, method, replace(Savings(), **{name: False})), full)
 
 
 @pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
