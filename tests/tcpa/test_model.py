@@ -438,7 +438,7 @@ BAD_CALLS = [
 
 @pytest.mark.parametrize(("call", "kind", "argument"), BAD_CALLS)
 def test_bad_arguments_are_refused_by_name(call, kind, argument):
-    with pytest.raises(kind, match=f"^{argument}(: got|=)"):
+    with pytest.raises(kind, match=f"^{argument}(: |=)"):
         call()
 
 
