@@ -21,7 +21,8 @@ from tcpa.inspect.style import to_png
 
 from ...cli import choose_device, require
 from ..engine.precision import fast_dtype
-from ..options.demo import DemoConfig
+from ..options.demo import DemoConfig, given
+from ..recipes.rows import METHODS
 from ..report.tables import TextTable, formatted, to_csv, to_grid, to_markdown
 from ..storage import write_whole
 from .backbone import load_backbone, normalise, numerics
@@ -29,10 +30,10 @@ from .digits import DigitSplit, converged_probe, make_split
 from .figures import draw_curves, draw_selection
 from .methods import (
     ADAPTED,
+    OPTIMIZER,
     POOLS,
     PROMPT_ROWS,
     DemoMethod,
-    DemoRow,
     chosen_methods,
     describe,
     find_rows,
@@ -73,7 +74,7 @@ def make_tasks(
     """List the runs: every method with every seed."""
     part = "quick" if config.quick else "test"
     return [
-        DemoTask(method=method, seed=seed, epochs=config.num_epochs, device=device, part=part)
+        DemoTask(method=method, seed=seed, epochs=given(config.epochs), device=device, part=part)
         for method in methods
         for seed in config.seeds
     ]
@@ -182,13 +183,12 @@ def _run_rows(config: DemoConfig, device: torch.device) -> list[DemoScore]:
     methods = with_settings(config, rows, reasons)
     tasks = make_tasks(config, device, methods)
     output, scores, _, console = train_all(config, tasks)
-    labels = {row.name: row.label for row in rows}
     shown = TextTable(
         title="Rows of the paper's tables on handwritten digits",
         header=["method", *MEASURES, "rate", "decay"],
         rows=[
             [
-                labels[score.method],
+                METHODS[score.method].label,
                 *_cells(score),
                 f"{method.learning_rate:g}",
                 f"{method.weight_decay:g}",
@@ -196,9 +196,9 @@ def _run_rows(config: DemoConfig, device: torch.device) -> list[DemoScore]:
             for score, method in zip(scores, methods, strict=True)
         ],
     )
-    notes = [*gains(scores, labels), *_row_notes(config, tasks, reasons)]
+    notes = [*gains(scores), *_row_notes(config, tasks, reasons)]
     text = "\n".join([to_markdown(shown), *(f"- {note}" for note in notes)]) + "\n"
-    write_whole(output.folder / CSV, _csv(scores, labels, methods).encode())
+    write_whole(output.folder / CSV, _csv(scores, methods).encode())
     write_whole(output.folder / MARKDOWN, text.encode())
     console.print(to_grid(shown, shown.title))
     for note in notes:
@@ -208,7 +208,7 @@ def _run_rows(config: DemoConfig, device: torch.device) -> list[DemoScore]:
 
 
 def with_settings(
-    config: DemoConfig, rows: list[DemoRow], reasons: dict[str, str]
+    config: DemoConfig, rows: list[DemoMethod], reasons: dict[str, str]
 ) -> list[DemoMethod]:
     """Return the rows with their tuned settings; those without any go to `reasons`.
 
@@ -219,7 +219,7 @@ def with_settings(
     for row in rows:
         found = tuned.get(row.name, {})
         if "learning_rate" in found and found["choices"] == describe(row):
-            methods.append(row.method(found["learning_rate"], found["weight_decay"]))
+            methods.append(replace(row, **{name: found[name] for name in OPTIMIZER}))
             continue
         remedy = f"run: tcpa-train tune-demo --methods {row.name}"
         reason = "no learning rate is recorded for its present choices"
@@ -231,7 +231,7 @@ def with_settings(
     return methods
 
 
-def gains(scores: list[DemoScore], labels: dict[str, str]) -> list[str]:
+def gains(scores: list[DemoScore]) -> list[str]:
     """Say how each row with TCPA compares with its row without, run by run of the same seed."""
     named = {score.method: score for score in scores}
     lines = []
@@ -240,7 +240,7 @@ def gains(scores: list[DemoScore], labels: dict[str, str]) -> list[str]:
         other = named.get(PLAIN.get(base, base))
         if base != name and other is not None:
             gain, each = score.gain_over(other)
-            pair = f"{labels[name]} - {labels[other.method]}"
+            pair = f"{METHODS[name].label} - {METHODS[other.method].label}"
             lines.append(f"{pair}: {gain:+.1f} points (by seed: {each})")
     return lines
 
@@ -252,7 +252,7 @@ def _row_notes(config: DemoConfig, tasks: list[DemoTask], reasons: dict[str, str
     side = ", one thread a run, as many runs side by side as there are cores"
     threads = side if device.type == "cpu" else ""
     return [
-        f"Accuracy on {len(split.test_labels):,} test images after epoch {config.num_epochs} on "
+        f"Accuracy on {len(split.test_labels):,} test images after epoch {given(config.epochs)} on "
         f"{len(split.train_labels):,} training images, mean, standard deviation (n - 1) and values "
         f"of seeds {', '.join(map(str, config.seeds))}. The test images chose nothing.",
         f"Learning rate and weight decay: `tcpa-train tune-demo --methods`, {tuned['epochs']} "
@@ -267,11 +267,11 @@ def _row_notes(config: DemoConfig, tasks: list[DemoTask], reasons: dict[str, str
     ]
 
 
-def _csv(scores: list[DemoScore], labels: dict[str, str], methods: list[DemoMethod]) -> str:
+def _csv(scores: list[DemoScore], methods: list[DemoMethod]) -> str:
     seeds = [f"accuracy_{index}" for index in range(len(scores[0].accuracies))]
     settings = ("trained_values", "seconds_per_epoch", "learning_rate", "weight_decay")
     rows = [
-        [score.method, labels[score.method], f"{score.mean:.4f}"]
+        [score.method, METHODS[score.method].label, f"{score.mean:.4f}"]
         + ["" if score.spread is None else f"{score.spread:.4f}"]
         + [f"{value:.4f}" for value in score.accuracies]
         + [score.trainable, f"{score.seconds_per_epoch:.4f}"]

@@ -7,8 +7,9 @@ choices.
 """
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,36 +69,19 @@ class DemoMethod:
 
     name: str
     prompts: tcpa.PromptConfig | None
-    learning_rate: float
-    weight_decay: float
+    learning_rate: float = math.nan
+    weight_decay: float = math.nan
     input_prompt: tcpa.InputConfig | None = None
     tuning: tcpa.TuningConfig = field(default_factory=tcpa.HeadTuning)
 
+    def tuned(self, learning_rate: float, weight_decay: float) -> "DemoMethod":
+        """Return it with optimizer settings, which are a part of its name."""
+        name = f"{self.name}, rate {learning_rate:g}, decay {weight_decay:g}"
+        return replace(self, name=name, learning_rate=learning_rate, weight_decay=weight_decay)
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DemoRow:
-    """A row of the paper's tables on the digits."""
 
-    name: str
-    """In the registry."""
-    label: str
-    """As the papers write it."""
-    prompts: tcpa.PromptConfig | None
-    input_prompt: tcpa.InputConfig | None
-    tuning: tcpa.TuningConfig
-
-    def method(
-        self, learning_rate: float, weight_decay: float, name: str | None = None
-    ) -> DemoMethod:
-        """Return the row with optimizer settings; `name` in place of its own."""
-        return DemoMethod(
-            name=name or self.name,
-            prompts=self.prompts,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            input_prompt=self.input_prompt,
-            tuning=self.tuning,
-        )
+OPTIMIZER = ("learning_rate", "weight_decay")
+"""Fields of a method that tuning decides."""
 
 
 def chosen_methods() -> tuple[DemoMethod, ...]:
@@ -113,17 +97,17 @@ def probe_strength() -> float:
     return json.loads(TUNED.read_text(encoding="utf-8"))["probe_strength"]
 
 
-def wrap_backbone(choices: DemoMethod | DemoRow) -> tcpa.PromptedViT:
-    """Put prompts and tuning on a fresh copy of the shipped backbone.
+def wrap_backbone(method: DemoMethod) -> tcpa.PromptedViT:
+    """Put a method on a fresh copy of the shipped backbone.
 
     Raises:
-        ValueError: they cannot be put on it; the message says why.
+        ValueError: that cannot be done; the message says why.
     """
     return tcpa.wrap(
         load_backbone(),
-        choices.prompts,
-        input_prompt=choices.input_prompt,
-        tuning=choices.tuning,
+        method.prompts,
+        input_prompt=method.input_prompt,
+        tuning=method.tuning,
         num_classes=NUM_CLASSES,
         normalization=NORMALIZATION,
         # No images of ours are among those that a side network's weights come from.
@@ -131,22 +115,19 @@ def wrap_backbone(choices: DemoMethod | DemoRow) -> tcpa.PromptedViT:
     )
 
 
-def row_of(name: str) -> DemoRow:
-    """Return a row of the registry at the size of the demo."""
+def row_of(name: str) -> DemoMethod:
+    """Return a row of the registry at the size of the demo, without optimizer settings."""
     row = METHODS[name]
     prompts = row.prompts("digits")
     if prompts is not None:
         prompts = prompts.resized(PROMPT_ROWS)
         own = {field: getattr(POOLS, field) for field in POOL_SETTINGS}
         prompts = prompts.replace(**own) if prompts.has(*POOL_SETTINGS) else prompts
-    tuning = row.tuning.without_download().scaled_to(WIDTH, REGISTRY_WIDTH)
-    tuning = tuning.replace(head="linear")
-    return DemoRow(
-        name=name, label=row.label, prompts=prompts, input_prompt=row.input_prompt, tuning=tuning
-    )
+    tuning = row.tuning.without_download().scaled_to(WIDTH, REGISTRY_WIDTH).replace(head="linear")
+    return DemoMethod(name=name, prompts=prompts, input_prompt=row.input_prompt, tuning=tuning)
 
 
-def find_rows(names: Sequence[str]) -> tuple[list[DemoRow], dict[str, str]]:
+def find_rows(names: Sequence[str]) -> tuple[list[DemoMethod], dict[str, str]]:
     """Return the rows that can be put on the demo's backbone, and of the others the reason.
 
     Args:
@@ -158,7 +139,7 @@ def find_rows(names: Sequence[str]) -> tuple[list[DemoRow], dict[str, str]]:
     for name in names:
         require_known("--methods", name, (ALL, *METHODS))
     rows, reasons = [], {}
-    for name in dict.fromkeys(METHODS if ALL in names else names):
+    for name in METHODS if ALL in names else names:
         row = row_of(name)
         try:
             wrap_backbone(row)
@@ -179,6 +160,7 @@ def tuned_settings(path: Path = TUNED_ROWS) -> dict[str, Any]:
     return {} if found is None else found["rows"]
 
 
-def describe(row: DemoRow) -> dict[str, Any]:
+def describe(row: DemoMethod) -> dict[str, Any]:
     """Return a row's choices as JSON data, to tell whether a record is still of the same row."""
-    return json.loads(json.dumps(asdict(row)))
+    choices = {name: value for name, value in asdict(row).items() if name not in OPTIMIZER}
+    return json.loads(json.dumps(choices | {"label": METHODS[row.name].label}))

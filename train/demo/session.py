@@ -16,7 +16,7 @@ from tcpa.provenance import commit, device_name, has_changes, now, version
 
 from ...cli import UsageError
 from ..engine.precision import fast_dtype
-from ..options.demo import DemoConfig
+from ..options.demo import DemoConfig, given
 from .training import BATCH_SIZE, DemoEpoch, DemoOutcome, DemoTask, run_tasks
 
 METRICS = "metrics.jsonl"
@@ -56,7 +56,7 @@ class DemoScore:
 class DemoProgress:
     """Shows every epoch: a bar in a terminal, one plain line a run otherwise."""
 
-    def __init__(self, total_epochs: int, epochs: int, measured_on: str = "test") -> None:
+    def __init__(self, runs: int, epochs: int, measured_on: str = "test") -> None:
         self.console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
         self._epochs, self._measured_on = epochs, measured_on
         self._progress = Progress(
@@ -69,7 +69,7 @@ class DemoProgress:
             transient=True,
             disable=not self.console.is_terminal,
         )
-        self._task = self._progress.add_task("starting", total=total_epochs)
+        self._task = self._progress.add_task("starting", total=runs * epochs)
 
     def __enter__(self) -> "DemoProgress":
         self._progress.start()
@@ -136,7 +136,7 @@ def train_all(
         where the rest is to be printed.
     """
     output = DemoOutput(config.output, _header(config, tasks))
-    with DemoProgress(len(tasks) * config.num_epochs, config.num_epochs) as progress:
+    with DemoProgress(len(tasks), given(config.epochs)) as progress:
 
         def on_epoch(record: DemoEpoch) -> None:
             output.add("epoch", **asdict(record))

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from ...cli import choose_device, require_writable, write_results
-from ..options.demo import TuneConfig
+from ..options.demo import TuneConfig, given
 from ..storage import write_json
 from .digits import FOLDS, best_strength
-from .methods import PROMPTS, DemoMethod, DemoRow, describe, find_rows, tuned_settings
+from .methods import PROMPTS, DemoMethod, describe, find_rows, tuned_settings
 from .session import DemoProgress
 from .training import DemoOutcome, DemoTask, run_tasks
 
@@ -46,26 +46,21 @@ def tune(config: TuneConfig) -> Path:
 
 
 def _tune_methods(config: TuneConfig) -> Path:
-    device = choose_device(config.device)
-    require_writable(config.file)
-    pairs = sorted(product(config.rates, config.weight_decays))
+    device, output = choose_device(config.device), given(config.output)
+    require_writable(output)
+    pairs = sorted(product(given(config.learning_rates), config.weight_decays))
     methods = {
-        (name, pair): DemoMethod(
-            name=run_name(name, pair),
-            prompts=prompts,
-            learning_rate=pair[0],
-            weight_decay=pair[1],
-        )
+        (name, pair): DemoMethod(name=name, prompts=prompts).tuned(*pair)
         for name, prompts in PROMPTS.items()
         for pair in pairs
     }
     tasks = [task for method in methods.values() for task in _on_folds(config, method, device)]
-    with _progress(config, len(tasks)) as progress:
+    with DemoProgress(len(tasks), given(config.epochs), "held-out fold") as progress:
         outcomes = iter(run_tasks(tasks, progress.epoch))
     means: dict[str, dict[Pair, float]] = {name: {} for name in PROMPTS}
     for name, pair in methods:
         means[name][pair] = statistics.fmean(
-            next(outcomes).accuracy for _ in range(config.num_folds)
+            next(outcomes).accuracy for _ in range(given(config.folds))
         )
     chosen = {name: best_pair(by_pair) for name, by_pair in means.items()}
     record = {
@@ -83,24 +78,24 @@ def _tune_methods(config: TuneConfig) -> Path:
         "device": str(device),
         "torch": torch.__version__,
     }
-    write_results(config.file, json.dumps(record, indent=2) + "\n", "--output")
+    write_results(output, json.dumps(record, indent=2) + "\n", "--output")
     for name, pair in chosen.items():
-        accuracy = means[name][pair]
-        progress.console.print(f"{run_name(name, pair)} ({accuracy:.1f} % on held-out folds)")
-    progress.console.print(f"wrote {config.file}")
-    return config.file
+        told = f"{methods[name, pair].name} ({means[name][pair]:.1f} % on held-out folds)"
+        progress.console.print(told)
+    progress.console.print(f"wrote {output}")
+    return output
 
 
 class _RowsRecord:
     """The file of the rows: what was measured of each, and what was chosen."""
 
-    def __init__(self, config: TuneConfig, rows: list[DemoRow], device: torch.device) -> None:
-        self._config = config
-        self.rows = tuned_settings(config.file)
+    def __init__(self, config: TuneConfig, rows: list[DemoMethod], device: torch.device) -> None:
+        self._file, self._folds = given(config.output), measured_on(config)
+        self.rows = tuned_settings(self._file)
         for row in rows:
             made_with = {
                 "choices": describe(row),
-                "epochs": config.num_epochs,
+                "epochs": given(config.epochs),
                 "device": str(device),
                 "torch": torch.__version__,
             }
@@ -120,28 +115,30 @@ class _RowsRecord:
 
     def best(self, name: str, pairs: list[Pair]) -> tuple[Pair, float]:
         """Return the best of some pairs and its mean accuracy."""
-        found, folds = self.accuracies(name), measured_on(self._config)
+        found, folds = self.accuracies(name), self._folds
         means = {pair: statistics.fmean(found[*pair, fold] for fold in folds) for pair in pairs}
         pair = best_pair(means)
         return pair, means[pair]
 
     def choose(self, name: str, pair: Pair) -> None:
-        self.rows[name] |= {"learning_rate": pair[0], "weight_decay": pair[1]}
-        self.rows[name] |= {"folds": list(measured_on(self._config))}
+        rate, decay = pair
+        chosen = {"learning_rate": rate, "weight_decay": decay, "folds": list(self._folds)}
+        self.rows[name] |= chosen
 
     def save(self) -> None:
         content: dict[str, Any] = {"rule": ROWS_RULE, "rows": self.rows}
-        write_json(self._config.file, content)
+        write_json(self._file, content)
 
 
 def _tune_rows(config: TuneConfig) -> Path:
-    device = choose_device(config.device)
+    device, output = choose_device(config.device), given(config.output)
     rows, reasons = find_rows(config.methods or ())
-    require_writable(config.file)
+    require_writable(output)
     record = _RowsRecord(config, rows, device)
     first, *others = sorted(config.weight_decays)
-    by_rate = [(rate, first) for rate in sorted(config.rates)]
-    with _progress(config, len(rows) * (len(by_rate) + len(others)) * config.num_folds) as progress:
+    by_rate = [(rate, first) for rate in sorted(given(config.learning_rates))]
+    runs = len(rows) * (len(by_rate) + len(others)) * given(config.folds)
+    with DemoProgress(runs, given(config.epochs), "held-out fold") as progress:
 
         def measure(pairs: dict[str, list[Pair]]) -> None:
             """Train what is not in the record."""
@@ -149,8 +146,7 @@ def _tune_rows(config: TuneConfig) -> Path:
             for row in rows:
                 known = record.accuracies(row.name)
                 for pair in pairs[row.name]:
-                    method = row.method(*pair, name=run_name(row.name, pair))
-                    for task in _on_folds(config, method, device):
+                    for task in _on_folds(config, row.tuned(*pair), device):
                         if (*pair, task.part) not in known:
                             row_of_task[task] = row.name
 
@@ -163,37 +159,30 @@ def _tune_rows(config: TuneConfig) -> Path:
         measure({row.name: by_rate for row in rows})
         rates = {row.name: record.best(row.name, by_rate)[0][0] for row in rows}
         measure({name: [(rate, decay) for decay in others] for name, rate in rates.items()})
-    for name, rate in rates.items():
-        pair, accuracy = record.best(name, [(rate, decay) for decay in (first, *others)])
-        record.choose(name, pair)
-        progress.console.print(f"{run_name(name, pair)} ({accuracy:.1f} % on held-out images)")
+    for row in rows:
+        pairs = [(rates[row.name], decay) for decay in (first, *others)]
+        pair, accuracy = record.best(row.name, pairs)
+        record.choose(row.name, pair)
+        told = f"{row.tuned(*pair).name} ({accuracy:.1f} % on held-out images)"
+        progress.console.print(told)
     record.save()
     for name, reason in reasons.items():
         progress.console.print(f"{name}: left out: {reason}", soft_wrap=True)
-    progress.console.print(f"wrote {config.file}")
-    return config.file
-
-
-def _progress(config: TuneConfig, tasks: int) -> DemoProgress:
-    return DemoProgress(tasks * config.num_epochs, config.num_epochs, "held-out fold")
+    progress.console.print(f"wrote {output}")
+    return output
 
 
 def _on_folds(config: TuneConfig, method: DemoMethod, device: torch.device) -> list[DemoTask]:
     """List the runs of a method, one for each fold, whose number is the seed."""
     return [
-        DemoTask(method=method, seed=seed, epochs=config.num_epochs, device=device, part=part)
+        DemoTask(method=method, seed=seed, epochs=given(config.epochs), device=device, part=part)
         for seed, part in enumerate(measured_on(config))
     ]
 
 
 def measured_on(config: TuneConfig) -> tuple[str, ...]:
     """Return the folds to measure on: the last ones, which are nearest to the test images."""
-    return FOLDS[-config.num_folds :]
-
-
-def run_name(method: str, pair: Pair) -> str:
-    """Name a method with its optimizer settings."""
-    return f"{method}, rate {pair[0]:g}, decay {pair[1]:g}"
+    return FOLDS[-given(config.folds) :]
 
 
 def best_pair(accuracy: dict[Pair, float]) -> Pair:

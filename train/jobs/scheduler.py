@@ -4,13 +4,11 @@ Every job is a process of its own with the command line of `tcpa-train run`, so 
 fails takes no other with it, and the printed commands of an array job are the same ones.
 """
 
-import contextlib
 import os
 import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -110,19 +108,11 @@ def count_runs(count: int) -> str:
     return f"{count} run{'s' * (count != 1)}"
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
-    """Where one job at a time runs."""
-
-    name: str
-    gpu: str | None = None
-    """What CUDA_VISIBLE_DEVICES is set to; None leaves it."""
-
-    def __str__(self) -> str:
-        return self.name
+Devices = dict[str, str | None]
+"""Where one job at a time runs -> what CUDA_VISIBLE_DEVICES is set to; None leaves it."""
 
 
-def devices_of(config: SweepConfig | SearchConfig) -> list[Device]:
+def devices_of(config: SweepConfig | SearchConfig) -> Devices:
     """Return where jobs run, one at a time on each.
 
     Raises:
@@ -135,7 +125,7 @@ def devices_of(config: SweepConfig | SearchConfig) -> list[Device]:
                 f"--gpus: got {config.gpus} with --device {asked}, expected none, as the runs do "
                 "not use GPUs; leave one of the two out"
             )
-        return [Device(str(choose_device(asked)))]
+        return {str(choose_device(asked)): None}
     count = torch.cuda.device_count()
     numbers = config.gpus or tuple(range(count))
     if max(numbers) >= count:
@@ -145,14 +135,14 @@ def devices_of(config: SweepConfig | SearchConfig) -> list[Device]:
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(count)]
-    return [Device(f"cuda:{number}", names[number].strip()) for number in numbers]
+    return {f"cuda:{number}": names[number].strip() for number in numbers}
 
 
-def carry_out(jobs: list[Job], devices: list[Device], console: Console) -> list[tuple[Job, str]]:
+def carry_out(jobs: list[Job], devices: Devices, console: Console) -> list[tuple[Job, str]]:
     """Run jobs, one at a time on each device; return those that failed, with the reason."""
-    free: queue.Queue[Device] = queue.Queue()
-    for device in devices:
-        free.put(device)
+    free: queue.Queue[str | None] = queue.Queue()
+    for gpu in devices.values():
+        free.put(gpu)
     running = _Running()
     failed: list[tuple[Job, str]] = []
     with running, ThreadPoolExecutor(len(devices)) as pool:
@@ -209,41 +199,38 @@ class _Running:
                 process.terminate()
             return len(self._processes)
 
-    @contextlib.contextmanager
-    def start(self, command: list[str], **options: Any) -> Iterator[subprocess.Popen | None]:
-        """Start a process and wait for its end; None if all is to stop."""
+    def run(self, command: list[str], **options: Any) -> int | None:
+        """Run a process to its end and return its status; None if all is to stop."""
         with self._lock:
-            process = None if self._stopped else subprocess.Popen(command, **options)
-            if process is not None:
-                self._processes.add(process)
+            if self._stopped:
+                return None
+            process = subprocess.Popen(command, **options)
+            self._processes.add(process)
         try:
-            yield process
+            return process.wait()
         finally:
-            if process is not None:
-                process.wait()
-                with self._lock:
-                    self._processes.discard(process)
+            with self._lock:
+                self._processes.discard(process)
 
 
-def _run_on_free(job: Job, free: "queue.Queue[Device]", running: _Running) -> str | None:
+def _run_on_free(job: Job, free: "queue.Queue[str | None]", running: _Running) -> str | None:
     """Run a job where there is room; return what went wrong."""
-    device = free.get()
+    gpu = free.get()
     try:
         environment = dict(os.environ)
-        if device.gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = device.gpu
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         job.folder.mkdir(parents=True, exist_ok=True)
         with (job.folder / LOG).open("ab") as log:
             options = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
             if os.name == "posix":
                 # Ctrl-C reaches all of a terminal's group: this process alone, which asks the runs.
                 options["process_group"] = 0
-            with running.start(job.command, env=environment, **options) as process:
-                status = None if process is None else process.wait()
+            status = running.run(job.command, env=environment, **options)
     except OSError as error:
         return f"{error.strerror}: {error.filename}"
     finally:
-        free.put(device)
+        free.put(gpu)
     if status == 0:
         return None
     return "interrupted" if status is None else last_log_line(job.folder) or f"status {status}"

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,7 +20,7 @@ from ..recipes.choices import Choice, choice_path, conditions_of, write_choice
 from ..recipes.recipe import SCRIPTS, Recipe, decompose
 from ..recipes.rows import METHODS
 from ..recipes.runspec import resolve
-from ..report.tables import NONE, TextTable, to_grid
+from ..report.tables import TextTable, formatted, to_grid
 from ..storage import read_json, write_json
 from .scheduler import Job, carry_out, devices_of, look_at
 
@@ -112,20 +113,6 @@ RULE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class SearchTrial:
-    """One pair of the grid."""
-
-    rate: float
-    decay: float
-    job: Job
-
-    @property
-    def name(self) -> str:
-        """Name of its folder."""
-        return self.job.folder.name
-
-
 def search(config: SearchConfig) -> Choice | None:
     """Carry out all trials that are left, write the choice and return it; None with print_jobs.
 
@@ -135,14 +122,11 @@ def search(config: SearchConfig) -> Choice | None:
         Interrupted: SIGINT, SIGTERM or SIGHUP asked it to end; the trials have saved and ended.
     """
     grid = grid_of(config, resolve(config.trial()))
-    trials = [
-        SearchTrial(rate, decay, Job(run, resolve(run)))
-        for rate, decay in grid.pairs()
-        for run in [config.trial(rate, decay)]
-    ]
-    path = choice_path(config.output, config.dataset, trials[0].job.spec.method)
-    diverged = _Diverged(config, trials)
-    left, damaged = look_at([trial.job for trial in trials if trial not in diverged])
+    runs = [config.trial(rate, decay) for rate, decay in grid.pairs()]
+    trials = [Job(run, resolve(run)) for run in runs]
+    path = choice_path(config.output, config.dataset, trials[0].spec.method)
+    diverged = _Diverged(path.with_name(DIVERGED), trials)
+    left, damaged = look_at([trial for trial in trials if trial not in diverged])
     if config.print_jobs:
         for job in left:
             print(shlex.join(job.command))
@@ -152,14 +136,14 @@ def search(config: SearchConfig) -> Choice | None:
     finished = len(trials) - len(left) - len(damaged)
     console.print(
         f"{len(trials)} trials, {finished} of them finished; {grid.source}; {len(devices)} at a "
-        f"time on {', '.join(map(str, devices))}",
+        f"time on {', '.join(devices)}",
         soft_wrap=True,
     )
     with raised("stopped; the same command goes on with the trials that are not finished"):
         failed = damaged + carry_out(left, devices, console)
     failed = diverged.take(failed)
-    accuracies = {t.name: found["accuracy"] for t in trials if (found := _result(t)) is not None}
-    shown = _table(grid, trials, accuracies, diverged)
+    accuracies = {trial: _accuracy(trial) for trial in trials}
+    shown = _table(grid, accuracies, diverged)
     console.print(to_grid(shown, shown.title))
     if failed:
         first, reason = failed[0]
@@ -167,7 +151,7 @@ def search(config: SearchConfig) -> Choice | None:
             f"{len(failed)} of {len(trials)} trials failed, the first of them {first.folder} "
             f"({reason}; see {first.folder / LOG}); run the same command again to go on with them"
         )
-    choice = _choose(config, grid, trials, accuracies)
+    choice = _choose(grid, accuracies)
     write_choice(path, choice)
     console.print(
         f"{config.method} on {config.dataset}: learning rate {choice.learning_rate:g}, weight "
@@ -178,48 +162,45 @@ def search(config: SearchConfig) -> Choice | None:
     return choice
 
 
-def _result(trial: SearchTrial) -> dict[str, Any] | None:
+def _accuracy(trial: Job) -> float | None:
     try:
-        return trial.job.result()
+        found = trial.result()
     except UsageError:
         # A damaged one, which is told of as failed.
-        return None
+        found = None
+    return None if found is None else found["accuracy"]
 
 
 class _Diverged:
     """The trials whose loss was not finite, in a file, each with what decided it."""
 
-    def __init__(self, config: SearchConfig, trials: Sequence[SearchTrial]) -> None:
-        self._trials = {trial.name: trial for trial in trials}
-        method = trials[0].job.spec.method
-        self._path = choice_path(config.output, config.dataset, method).with_name(DIVERGED)
-        found = read_json(self._path)
-        # Trials of other options are tried anew.
-        self._known: dict[str, Any] = {
-            name: description
-            for name, description in (found if isinstance(found, dict) else {}).items()
-            if name in self._trials and description == self._description(name)
-        }
+    def __init__(self, path: Path, trials: Sequence[Job]) -> None:
+        self._path, self._known = path, dict[str, Any]()
+        found = read_json(path)
+        for trial in trials if isinstance(found, dict) else ():
+            # Trials of other options are tried anew.
+            if found.get(trial.folder.name) == _description(trial):
+                self._known[trial.folder.name] = found[trial.folder.name]
 
-    def __contains__(self, trial: SearchTrial) -> bool:
-        return trial.name in self._known
+    def __contains__(self, trial: Job) -> bool:
+        return trial.folder.name in self._known
 
     def take(self, failed: list[tuple[Job, str]]) -> list[tuple[Job, str]]:
         """Note those that failed for that reason, and return the others."""
         others = []
         for job, reason in failed:
             if SAID in _last_attempt(job):
-                self._known[job.folder.name] = self._description(job.folder.name)
+                self._known[job.folder.name] = _description(job)
             else:
                 others.append((job, reason))
         if len(others) < len(failed):
             write_json(self._path, self._known)
         return others
 
-    def _description(self, name: str) -> Any:
-        job = self._trials[name].job
-        # As it is read from a file: JSON has no tuples.
-        return json.loads(json.dumps(job.spec.describe()))
+
+def _description(job: Job) -> dict[str, Any]:
+    """Return what decides a run as it is read from a file: JSON has no tuples."""
+    return json.loads(json.dumps(job.spec.describe()))
 
 
 def _last_attempt(job: Job) -> str:
@@ -231,60 +212,46 @@ def _last_attempt(job: Job) -> str:
     return " ".join(" ".join(text.splitlines()[-3:]).split())
 
 
-def _choose(
-    config: SearchConfig,
-    grid: SearchGrid,
-    trials: Sequence[SearchTrial],
-    accuracies: dict[str, float],
-) -> Choice:
-    finite = [trial for trial in trials if trial.name in accuracies]
+def _choose(grid: SearchGrid, accuracies: dict[Job, float | None]) -> Choice:
+    finite = {trial: found for trial, found in accuracies.items() if found is not None}
     if not finite:
         raise UsageError(
             f"--learning-rates: got {', '.join(map(str, grid.learning_rates))}, expected one with "
             "which the loss stays finite; give lower ones, or use --precision fp32"
         )
-    best = max(finite, key=lambda trial: (accuracies[trial.name], -trial.rate, trial.decay))
-    spec = best.job.spec
+    best = max(finite, key=lambda t: (finite[t], -t.spec.learning_rate, t.spec.weight_decay))
+    spec = best.spec
     return Choice(
-        dataset=config.dataset,
+        dataset=spec.dataset,
         method=spec.method,
-        learning_rate=best.rate,
-        weight_decay=best.decay,
-        val_accuracy=accuracies[best.name],
+        learning_rate=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+        val_accuracy=finite[best],
         seed=spec.seed,
         epochs=spec.epochs,
         grid=grid.source,
         rule=RULE,
-        conditions=json.loads(json.dumps(conditions_of(spec.describe()))),
+        conditions=conditions_of(_description(best)),
         trials=[
             {
-                "learning_rate": trial.rate,
-                "weight_decay": trial.decay,
-                "val_accuracy": accuracies.get(trial.name),
-                "folder": trial.name,
+                "learning_rate": trial.spec.learning_rate,
+                "weight_decay": trial.spec.weight_decay,
+                "val_accuracy": accuracy,
+                "folder": trial.folder.name,
             }
-            for trial in trials
+            for trial, accuracy in accuracies.items()
         ],
     )
 
 
-def _table(
-    grid: SearchGrid,
-    trials: Sequence[SearchTrial],
-    accuracies: dict[str, float],
-    diverged: _Diverged,
-) -> TextTable:
+def _table(grid: SearchGrid, accuracies: dict[Job, float | None], diverged: _Diverged) -> TextTable:
     """Return the accuracies, a line for each rate."""
-
-    def cell(trial: SearchTrial) -> str:
-        missing = "not finite" if trial in diverged else NONE
-        return f"{accuracies[trial.name]:.2f}" if trial.name in accuracies else missing
-
+    lines: dict[float, list[str]] = {rate: [f"{rate:g}"] for rate in grid.learning_rates}
+    for trial, accuracy in accuracies.items():
+        shown = "not finite" if trial in diverged else formatted(accuracy, ".2f")
+        lines[trial.spec.learning_rate].append(shown)
     return TextTable(
         title="Accuracy on the validation images, %",
         header=["learning rate", *(f"decay {decay:g}" for decay in grid.weight_decays)],
-        rows=[
-            [f"{rate:g}", *(cell(trial) for trial in trials if trial.rate == rate)]
-            for rate in grid.learning_rates
-        ],
+        rows=list(lines.values()),
     )

@@ -122,7 +122,7 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
     finished = len(jobs) - len(left) - len(damaged)
     console.print(
         f"{count_runs(len(jobs))}, {finished} of them finished; "
-        f"{len(devices)} at a time on {', '.join(map(str, devices))}"
+        f"{len(devices)} at a time on {', '.join(devices)}"
     )
     with raised("stopped; the same command goes on with the runs that are not finished"):
         failed = carry_out(left, devices, console)

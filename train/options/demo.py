@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ...cli import require
 from .checks import MAX_SEED, require_seed
+
+T = TypeVar("T")
 
 EPOCHS, ROW_EPOCHS = 20, 5
 """Passes over the training images: of the demo's three methods, of the rows of the tables."""
@@ -39,6 +42,12 @@ def _require_methods(methods: tuple[str, ...] | None) -> None:
         _require_different("--methods", methods, all(methods), "names of rows, or all")
 
 
+def given(value: T | None) -> T:
+    """Return the value of an option whose default depends on others, and has been put in."""
+    assert value is not None
+    return value
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
     """Compare linear probe, VPT-deep and TCPA on 1,797 handwritten digits, in about two minutes."""
@@ -65,16 +74,10 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         _set_defaults(self, epochs=ROW_EPOCHS if self.methods else EPOCHS)
-        _require_count("--epochs", self.num_epochs)
+        _require_count("--epochs", given(self.epochs))
         usable = all(0 <= seed <= MAX_SEED for seed in self.seeds)
         _require_different("--seeds", self.seeds, usable, "integers from 0 to 2**63 - 1")
         _require_methods(self.methods)
-
-    @property
-    def num_epochs(self) -> int:
-        """Passes over the training images."""
-        assert self.epochs is not None
-        return self.epochs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,38 +120,15 @@ class TuneConfig:
             _set_defaults(self, output=Path("tuned_rows.json"), folds=1, epochs=ROW_EPOCHS)
             _set_defaults(self, learning_rates=(0.001, 0.005, 0.02, 0.1, 0.3))
         _require_methods(self.methods)
-        _require_count("--epochs", self.num_epochs)
-        folds, remedy = self.num_folds, "leave it out for the default"
+        _require_count("--epochs", given(self.epochs))
+        folds, remedy = given(self.folds), "leave it out for the default"
         require(1 <= folds <= MAX_FOLDS, "--folds", folds, f"1 to {MAX_FOLDS}", remedy)
-        usable = all(0 < rate < 10 for rate in self.rates)
-        _require_different("--learning-rates", self.rates, usable, "numbers between 0 and 10")
+        usable = all(0 < rate < 10 for rate in given(self.learning_rates))
+        expected = "numbers between 0 and 10"
+        _require_different("--learning-rates", given(self.learning_rates), usable, expected)
         usable = all(0 <= decay < 10 for decay in self.weight_decays)
         expected = "numbers from 0 to less than 10"
         _require_different("--weight-decays", self.weight_decays, usable, expected)
-
-    @property
-    def file(self) -> Path:
-        """File to write."""
-        assert self.output is not None
-        return self.output
-
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """Learning rates to try."""
-        assert self.learning_rates is not None
-        return self.learning_rates
-
-    @property
-    def num_epochs(self) -> int:
-        """Passes over the training images."""
-        assert self.epochs is not None
-        return self.epochs
-
-    @property
-    def num_folds(self) -> int:
-        """Folds to measure on."""
-        assert self.folds is not None
-        return self.folds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -40,13 +40,7 @@ class Choice:
 
 
 def choice_path(folder: Path, dataset: str, method: str) -> Path:
-    """Return where the choice of a search is.
-
-    Args:
-        folder: of all searches, the search's --output.
-        dataset: its name.
-        method: its full name.
-    """
+    """Return where the choice of a search is, in the search's --output; by full name."""
     return folder / dataset / method / CHOICE
 
 
@@ -56,10 +50,7 @@ def write_choice(path: Path, choice: Choice) -> None:
 
 
 def read_choice(folder: Path, dataset: str, method: str) -> Choice:
-    """Return the choice for a dataset and a method.
-
-    Args:
-        folder, dataset, method: as for `choice_path`.
+    """Return the choice for a dataset and a method, see `choice_path`.
 
     Raises:
         UsageError: there is none, or its file is damaged.
@@ -98,13 +89,8 @@ def conditions_of(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_conditions(choice: Choice, description: dict[str, Any], folder: Path) -> None:
-    """Raise UsageError unless a run is like the trials, apart from seed, epochs and protocol.
-
-    Args:
-        choice: what the run takes.
-        description: of the run.
-        folder: where the choice was found.
-    """
+    """Raise UsageError unless the description of a run is like those of the trials, apart from
+    seed, epochs and protocol."""
     changed = differences(choice.conditions, conditions_of(description))
     if changed:
         name, before, now = changed[0]

@@ -62,7 +62,7 @@ def rows_of(images: torch.Tensor) -> set[bytes]:
     return {image.numpy().tobytes() for image in images}
 
 
-def test_test_images_are_all_but_the_first_hundred_of_each_digit() -> None:
+def test_folds_are_blocks_of_the_training_images_and_never_see_a_test_image() -> None:
     images, labels = load_digits()
     train, train_labels, test, test_labels = make_split("test")
     assert train_labels.bincount().tolist() == [100] * 10
@@ -70,10 +70,7 @@ def test_test_images_are_all_but_the_first_hundred_of_each_digit() -> None:
     threes = images[labels == 3]
     assert train[train_labels == 3].equal(threes[:100])
     assert test[test_labels == 3].equal(threes[100:])
-
-
-def test_folds_are_blocks_of_the_training_images_and_never_see_a_test_image() -> None:
-    train, train_labels, test, _ = make_split("test")
+    assert not rows_of(train) & rows_of(test)
     measured = []
     for number, fold in enumerate(FOLDS):
         first, first_labels, held, held_labels = make_split(fold)
@@ -85,7 +82,6 @@ def test_folds_are_blocks_of_the_training_images_and_never_see_a_test_image() ->
         assert held[held_labels == 7].equal(block)
         measured.append(held)
     assert rows_of(torch.cat(measured)) == rows_of(train)
-    assert not rows_of(train) & rows_of(test)
 
 
 def test_learning_rate_rises_then_falls_to_zero() -> None:
@@ -134,9 +130,7 @@ def test_the_penalty_of_the_converged_probe_is_the_best_on_the_folds(monkeypatch
     assert digits.best_strength() == 10.0
     assert asked == [(fold, strength) for strength in STRENGTHS for fold in FOLDS]
     assert probe_strength() in STRENGTHS
-
-
-def test_converged_probe_reads_digits() -> None:
+    monkeypatch.undo()
     assert digits.converged_probe("quick", 1.0) > 60
 
 
@@ -276,44 +270,37 @@ def test_command_prints_one_table(tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "parts"),
+    ("command", "arguments"),
     [
-        (["--epochs", "0"], ("--epochs", "0", "1 or more")),
-        (["--seeds", "1", "1"], ("--seeds", "1, 1", "different")),
-        (["--seeds", "-3"], ("--seeds", "-3")),
-        (["--device", "gpu"], ("--device", "'gpu'", "auto, cpu")),
-        (["--device", "cuda:99"], ("--device", "cuda:99")),
-        (["--learning-rates", "0.1", "0.1"], ("--learning-rates", "different numbers")),
-        (["--learning-rates", "-1"], ("--learning-rates", "-1")),
-        (["--learning-rates", "0.1", "nan"], ("--learning-rates", "0.1, nan", "between 0 and 10")),
-        (["--weight-decays", "-0.1"], ("--weight-decays", "from 0 to less than 10")),
-        (["--learning-rates"], ("--learning-rates: got no value", "leave --learning-rates out")),
-        (["--seeds"], ("--seeds: got no value", "leave --seeds out")),
-        (["--seeds", str(2**64)], ("--seeds", "2**63 - 1")),
+        ("demo", ["--epochs", "0"]),
+        ("demo", ["--seeds", "1", "1"]),
+        ("demo", ["--seeds", "-3"]),
+        ("demo", ["--seeds"]),
+        ("demo", ["--seeds", str(2**64)]),
+        ("demo", ["--device", "gpu"]),
+        ("demo", ["--device", "cuda:99"]),
+        ("tune-demo", ["--learning-rates", "0.1", "0.1"]),
+        ("tune-demo", ["--learning-rates", "-1"]),
+        ("tune-demo", ["--learning-rates", "0.1", "nan"]),
+        ("tune-demo", ["--learning-rates"]),
+        ("tune-demo", ["--weight-decays", "-0.1"]),
+        ("tune-demo", ["--folds", "0"]),
+        ("tune-demo", ["--folds", "5"]),
     ],
 )
-def test_bad_arguments_are_named(arguments, parts, tmp_path, capsys) -> None:
+def test_bad_arguments_are_named(command, arguments, tmp_path, capsys) -> None:
     output = tmp_path / "out"
-    tuned = arguments[0] in ("--learning-rates", "--weight-decays")
-    command = "tune-demo" if tuned else "demo"
     assert main([command, *arguments, "--output", str(output)]) == 2
-    message = capsys.readouterr().err
-    assert all(part in message for part in parts), message
+    assert f"{arguments[0]}: got" in capsys.readouterr().err
     assert not output.exists()
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys) -> None:
+def test_a_folder_of_other_files_and_an_unwritable_one_are_refused(tmp_path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
-    assert main(["demo", "--quick", "--output", str(tmp_path)]) == 2
-    assert "--output" in capsys.readouterr().err
+    for folder in (tmp_path, tmp_path / "thesis.txt", tmp_path / "thesis.txt" / "below"):
+        with pytest.raises(UsageError, match="--output: got"):
+            DemoOutput(folder, {})
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-@pytest.mark.parametrize("name", ["file", "file/below"])
-def test_an_unwritable_output_is_named(name, tmp_path) -> None:
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(UsageError, match="--output"):
-        DemoOutput(tmp_path / name, {})
 
 
 def test_a_missing_package_names_the_extra(tmp_path, capsys, monkeypatch) -> None:

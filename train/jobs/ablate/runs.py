@@ -166,7 +166,7 @@ def _train_on_digits(
         epochs = next(iter(left)).epochs
         with (
             raised("stopped; the same command goes on with the runs that are not finished"),
-            DemoProgress(len(left) * epochs, epochs, "validation") as progress,
+            DemoProgress(len(left), epochs, "validation") as progress,
         ):
             run_tasks(list(left), progress.epoch, on_outcome)
     return found

@@ -64,12 +64,23 @@ def make_studies(config: AblateConfig, base: tcpa.PromptConfig | None) -> list[S
     got, expected = f"{config.base_method!r}", "a row with TCPA, whose parts can be varied"
     usable = base is not None and base.has("coordination")
     require(usable, "--method", got, expected, "vpt+tcpa for instance")
+    start = cast(tcpa.TCPAConfig, base)
     found = []
     for name in config.study:
+        title, rows, columns, make = _STUDIES[name]
         try:
-            found.append(_MAKERS[name](config, cast(tcpa.TCPAConfig, base)))
+            settings = tuple(make(config, start))
         except ValueError as error:
             raise UsageError(f"--study {name}: {error}") from None
+        found.append(
+            Study(
+                name=name,
+                title=title.format(start),
+                rows=rows,
+                columns=columns,
+                settings=settings,
+            )
+        )
     return found
 
 
@@ -118,7 +129,12 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
-def _components(config: AblateConfig, base: tcpa.TCPAConfig) -> Study:
+def _each(base: tcpa.TCPAConfig, values: Iterable[Any], *names: str) -> list[StudySetting]:
+    """Return a setting for each value, which some fields have in common."""
+    return [_setting(base, _shown(value), **dict.fromkeys(names, value)) for value in values]
+
+
+def _components(config: AblateConfig, base: tcpa.TCPAConfig) -> list[StudySetting]:
     fourier = base.prompt_transform == "fourier"
     vpt = tcpa.VPTConfig(
         length=base.num_prompts,
@@ -130,114 +146,87 @@ def _components(config: AblateConfig, base: tcpa.TCPAConfig) -> Study:
     # What TCPA's official scripts add besides is no part of it, and VPT has none of it.
     bare = {"image_prompt": False, "value_affine": False, "simam": False, "token_noise": 0.0}
     plain = "VFPT" if fourier else "VPT"
-    settings = (
+    return [
         StudySetting(row=plain, name=VPT, prompts=vpt),
         _setting(base, f"{plain} + R-TCPA", coordination="role", **bare),
         _setting(base, f"{plain} + R-TCPA + T-TCPA", coordination="token", **bare),
-    )
-    return Study(name="components", title="Components", rows="components", settings=settings)
+    ]
 
 
-def _pools(config: AblateConfig, base: tcpa.TCPAConfig) -> Study:
+def _pools(config: AblateConfig, base: tcpa.TCPAConfig) -> list[StudySetting]:
     sizes = config.pool_sizes or ((2, 5, 10, 20) if config.recipe == DEMO else (5, 10, 20, 30))
-    return Study(
-        name="pools",
-        title=f"Pool sizes (top-{base.cls_top_k} and top-{base.image_top_k}, or the whole pool)",
-        rows="entries of the CLS pool",
-        columns="entries of the image pool",
-        settings=tuple(
-            _setting(
-                base,
-                cls,
-                image,
-                cls_pool_size=cls,
-                image_pool_size=image,
-                cls_top_k=min(base.cls_top_k, cls),
-                image_top_k=min(base.image_top_k, image),
-            )
-            for cls in sizes
-            for image in sizes
-        ),
-    )
+    return [
+        _setting(
+            base,
+            cls,
+            image,
+            cls_pool_size=cls,
+            image_pool_size=image,
+            cls_top_k=min(base.cls_top_k, cls),
+            image_top_k=min(base.image_top_k, image),
+        )
+        for cls in sizes
+        for image in sizes
+    ]
 
 
-def _top_k(config: AblateConfig, base: tcpa.TCPAConfig) -> Study:
+def _top_k(config: AblateConfig, base: tcpa.TCPAConfig) -> list[StudySetting]:
     smallest = min(base.cls_pool_size, base.image_pool_size)
     usual = (*(k for k in TOP_KS if k < smallest), smallest)
-    return Study(
-        name="top-k",
-        title=f"Top-k (pools of {base.cls_pool_size} and {base.image_pool_size})",
-        rows="entries that a token sees",
-        settings=tuple(
-            _setting(base, k, cls_top_k=k, image_top_k=k) for k in config.top_ks or usual
-        ),
-    )
+    return _each(base, config.top_ks or usual, "cls_top_k", "image_top_k")
 
 
-def _length(config: AblateConfig, base: tcpa.TCPAConfig) -> Study:
-    return Study(
-        name="length",
-        title="Prompt length",
-        rows="prompt rows of an entry",
-        settings=tuple(
-            _setting(base, length, cls_prompt_length=length, image_prompt_length=length)
-            for length in config.lengths
-        ),
-    )
-
-
-def _match_weight(config: AblateConfig, base: tcpa.TCPAConfig) -> Study:
-    return Study(
-        name="match-weight",
-        title="Weight of the match distance in the loss",
-        rows="match weight",
-        settings=tuple(
-            _setting(base, f"{weight:g}", match_weight=weight) for weight in config.match_weights
-        ),
-    )
-
-
-def _choice(name: str, title: str, rows: str, field: str, values: Sequence[str]) -> Callable:
-    def make(config: AblateConfig, base: tcpa.TCPAConfig) -> Study:
-        settings = tuple(_setting(base, value, **{field: value}) for value in values)
-        return Study(name=name, title=title, rows=rows, settings=settings)
-
-    return make
-
-
-def _fourier(config: AblateConfig, base: tcpa.TCPAConfig) -> Study:
+def _fourier(config: AblateConfig, base: tcpa.TCPAConfig) -> list[StudySetting]:
     joint: dict[str, Any] = {"prompt_transform": "fourier", "fourier_scope": "joint"}
-    return Study(
-        name="fourier",
-        title="Fourier transform of the prompts",
-        rows="rows of one transform",
-        settings=(
-            _setting(base, "no transform", prompt_transform="identity"),
-            _setting(base, "both pools (joint)", **joint),
-            _setting(base, "each pool", **joint | {"fourier_scope": "pool"}),
+    return [
+        _setting(base, "no transform", prompt_transform="identity"),
+        _setting(base, "both pools (joint)", **joint),
+        _setting(base, "each pool", **joint | {"fourier_scope": "pool"}),
+    ]
+
+
+Maker = Callable[[AblateConfig, tcpa.TCPAConfig], list[StudySetting]]
+
+_STUDIES: dict[str, tuple[str, str, str, Maker]] = {
+    "components": ("Components", "components", "", _components),
+    "pools": (
+        "Pool sizes (top-{0.cls_top_k} and top-{0.image_top_k}, or the whole pool)",
+        "entries of the CLS pool",
+        "entries of the image pool",
+        _pools,
+    ),
+    "top-k": (
+        "Top-k (pools of {0.cls_pool_size} and {0.image_pool_size})",
+        "entries that a token sees",
+        "",
+        _top_k,
+    ),
+    "length": (
+        "Prompt length",
+        "prompt rows of an entry",
+        "",
+        lambda config, base: _each(
+            base, config.lengths, "cls_prompt_length", "image_prompt_length"
         ),
-    )
-
-
-_MAKERS: dict[str, Callable[[AblateConfig, tcpa.TCPAConfig], Study]] = {
-    "components": _components,
-    "pools": _pools,
-    "top-k": _top_k,
-    "length": _length,
-    "match-weight": _match_weight,
-    "selection": _choice(
-        "selection",
+    ),
+    "match-weight": (
+        "Weight of the match distance in the loss",
+        "match weight",
+        "",
+        lambda config, base: _each(base, config.match_weights, "match_weight"),
+    ),
+    "selection": (
         "Which entries a token sees",
         "entries by cosine similarity",
-        "selection",
-        ("nearest", "farthest"),
+        "",
+        lambda config, base: _each(base, ("nearest", "farthest"), "selection"),
     ),
-    "normalization": _choice(
-        "normalization",
+    "normalization": (
         "What the softmax is normalised over",
         "prompts in the denominator",
-        "normalize_over",
-        ("all", "visible"),
+        "",
+        lambda config, base: _each(base, ("all", "visible"), "normalize_over"),
     ),
-    "fourier": _fourier,
+    "fourier": ("Fourier transform of the prompts", "rows of one transform", "", _fourier),
 }
+"""Study -> its title, what its rows and its columns are, and its settings."""
