@@ -12,11 +12,11 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import safetensors
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tcpa.provenance import version
 
 from ...cli import require_writable
 from ..engine.precision import fast_dtype
@@ -124,11 +124,5 @@ def _metadata(config: PretrainConfig, held_out: float, seconds: float) -> dict[s
         "precision": str(fast_dtype(CPU)),
         "held_out_accuracy": f"{held_out:.2f} %",
         "seconds": f"{seconds:.0f}",
-        "versions": json.dumps(
-            {
-                "torch": torch.__version__,
-                "timm": timm.__version__,
-                "safetensors": safetensors.__version__,
-            }
-        ),
+        "versions": json.dumps({name: version(name) for name in ("torch", "timm", "safetensors")}),
     }

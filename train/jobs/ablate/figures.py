@@ -35,10 +35,9 @@ def draw_study(
         axis, what = study.columns, f"mean of {len(seeds)} seeds"
     else:
         columns = [*(f"seed {seed}" for seed in seeds), "mean"]
-        by_seed = [dict(zip(one.seeds, one.validation, strict=True)) for one in found]
         cells = [
-            [*((own[seed],) if seed in own else () for seed in seeds), tuple(own.values())]
-            for own in by_seed
+            [*([one.runs[s].validation] if s in one.runs else [] for s in seeds), one.validation]
+            for one in found
         ]
         axis, what = "", f"{len(seeds)} seeds and their mean"
     return _draw(study, rows, columns, cells, axis, f"{study.title}\n{title}; {what}")
@@ -48,7 +47,7 @@ def _draw(
     study: Study,
     rows: list[str],
     columns: list[str],
-    cells: list[list[tuple[float, ...]]],
+    cells: list[list[list[float]]],
     axis: str,
     title: str,
 ) -> Figure:
@@ -74,7 +73,7 @@ def _draw(
     return figure
 
 
-def _text(values: tuple[float, ...]) -> str:
+def _text(values: list[float]) -> str:
     deviation = spread(values)
     text = f"{mean(values):.1f}"
     return text if deviation is None else f"{text}\n± {deviation:.1f}"

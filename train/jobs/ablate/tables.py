@@ -20,42 +20,34 @@ EPOCH_OF = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class SettingSummary:
     """A setting over the seeds that are finished."""
 
     setting: StudySetting
-    seeds: tuple[int, ...]
-    runs: tuple[AblationResult, ...]
-    """One for each of the seeds."""
+    runs: dict[int, AblationResult]
+    """By seed."""
 
     @property
-    def validation(self) -> tuple[float, ...]:
+    def validation(self) -> list[float]:
         """Percent, by seed."""
-        return tuple(run.validation for run in self.runs)
+        return [run.validation for run in self.runs.values()]
 
     @property
-    def test(self) -> tuple[float, ...]:
+    def test(self) -> list[float]:
         """Percent, by seed; empty where not all of them were tested."""
-        found = tuple(run.test for run in self.runs if run.test is not None)
-        return found if len(found) == len(self.runs) else ()
-
-    @property
-    def mean(self) -> float | None:
-        """Mean validation accuracy, percent; None before the first run."""
-        return mean(self.validation)
+        found = [run.test for run in self.runs.values() if run.test is not None]
+        return found if len(found) == len(self.runs) else []
 
 
 def summarise(
     settings: Sequence[StudySetting], seeds: Sequence[int], runs: Runs
 ) -> list[SettingSummary]:
     """Gather the runs of each setting."""
-    found = []
-    for setting in settings:
-        own = tuple(seed for seed in seeds if (setting.name, seed) in runs)
-        of_seeds = tuple(runs[setting.name, seed] for seed in own)
-        found.append(SettingSummary(setting=setting, seeds=own, runs=of_seeds))
-    return found
+    return [
+        SettingSummary(one, {s: runs[one.name, s] for s in seeds if (one.name, s) in runs})
+        for one in settings
+    ]
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -81,14 +73,14 @@ def table_of(study: Study, found: Sequence[SettingSummary]) -> TextTable:
 
 
 def _cells(found: SettingSummary) -> list[str]:
-    runs = found.runs
+    runs = list(found.runs.values())
     return [
         formatted(mean(found.validation), ".1f"),
         formatted(spread(found.validation), ".1f"),
         ", ".join(f"{value:.1f}" for value in found.validation) or "-",
         formatted(mean(found.test), ".1f"),
         formatted(spread(found.test), ".1f"),
-        ", ".join(map(str, found.seeds)) or "-",
+        ", ".join(map(str, found.runs)) or "-",
         f"{runs[0].trainable:,}" if runs else "-",
         formatted(min((run.seconds_per_epoch for run in runs), default=None), ".2f"),
     ]
@@ -129,7 +121,7 @@ def conclusions(study: Study, found: Sequence[SettingSummary], seeds: int) -> li
     finished = [one for one in found if len(one.runs) == seeds]
     if not finished:
         return []
-    means = [one.mean or 0.0 for one in finished]
+    means = [statistics.fmean(one.validation) for one in finished]
     best = [one.setting for one, value in zip(finished, means, strict=True) if value == max(means)]
     where = [
         f"{study.rows} {one.row}" + (f", {study.columns} {one.column}" if study.is_grid else "")
@@ -143,9 +135,11 @@ def conclusions(study: Study, found: Sequence[SettingSummary], seeds: int) -> li
 
 def _gain(before: SettingSummary, after: SettingSummary) -> str:
     """Compare runs of the same seed."""
-    first = dict(zip(before.seeds, before.validation, strict=True))
-    pairs = zip(after.seeds, after.validation, strict=True)
-    gains = [value - first[seed] for seed, value in pairs if seed in first]
+    gains = [
+        run.validation - before.runs[seed].validation
+        for seed, run in after.runs.items()
+        if seed in before.runs
+    ]
     if not gains:
         return f"{after.setting.row} and {before.setting.row} have no seed in common."
     each = ", ".join(f"{gain:+.1f}" for gain in gains)
@@ -167,11 +161,11 @@ def csv_text(config: AblateConfig, study: Study, found: Sequence[SettingSummary]
     for one in found:
         setting, validation, test = one.setting, one.validation, one.test
         named = [study.name, shown_name(setting.name), setting.row, setting.column]
-        for seed, run in zip(one.seeds, one.runs, strict=True):
+        for seed, run in one.runs.items():
             numbers = (run.validation, mean(validation), spread(validation))
             numbers += (run.test, mean(test), spread(test))
             rows.append(
-                [*named, config.protocol, seed, len(one.seeds)]
+                [*named, config.protocol, seed, len(one.runs)]
                 + ["" if number is None else f"{number:.4f}" for number in numbers]
                 + [run.trainable, f"{run.seconds_per_epoch:.4f}"]
             )
