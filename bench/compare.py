@@ -28,7 +28,7 @@ where they are measured, and what was expected."""
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class RowChange:
     """One row in both files."""
 
     old: Row
@@ -39,7 +39,9 @@ class Change:
     """"worse", "better" or "same"."""
 
 
-def compare(old: Sequence[Row], new: Sequence[Row], threshold: float = THRESHOLD) -> list[Change]:
+def compare(
+    old: Sequence[Row], new: Sequence[Row], threshold: float = THRESHOLD
+) -> list[RowChange]:
     """Pair the rows of two files and judge each pair, the worst first."""
     by_device = {(row.key, row.provenance.device): row for row in old}
     by_key = {row.key: row for row in old}
@@ -58,19 +60,19 @@ def higher_is_better(row: Row) -> bool:
     return row.unit.endswith("/s") or row.metric.startswith(HIGHER_IS_BETTER)
 
 
-def _judge(old: Row, new: Row, threshold: float) -> Change:
+def _judge(old: Row, new: Row, threshold: float) -> RowChange:
     if old.p50 == new.p50:
-        return Change(old, new, 1.0, "same")
+        return RowChange(old, new, 1.0, "same")
     ratio = new.p50 / old.p50 if old.p50 else float("inf")
     apart = new.p20 > old.p80 or new.p80 < old.p20
     # NaN is in no order with anything; it must not pass for "same".
     if not abs(ratio - 1) <= threshold and (apart or ratio != ratio):
         better = (ratio > 1) == higher_is_better(new) and ratio == ratio
-        return Change(old, new, ratio, "better" if better else "worse")
-    return Change(old, new, ratio, "same")
+        return RowChange(old, new, ratio, "better" if better else "worse")
+    return RowChange(old, new, ratio, "same")
 
 
-def differences(changes: Sequence[Change]) -> list[str]:
+def differences(changes: Sequence[RowChange]) -> list[str]:
     """Say in which conditions the compared rows differ."""
     found = []
     for name in (field.name for field in fields(Provenance)):
@@ -83,13 +85,13 @@ def differences(changes: Sequence[Change]) -> list[str]:
     return found
 
 
-def summary(changes: Sequence[Change]) -> str:
+def summary(changes: Sequence[RowChange]) -> str:
     """Return the numbers of verdicts in words."""
     counts = [sum(c.verdict == word for c in changes) for word in ("worse", "better", "same")]
     return "{} worse, {} better, {} the same within the noise".format(*counts)
 
 
-def describe(change: Change) -> list[str]:
+def describe(change: RowChange) -> list[str]:
     """Return the cells of a change: verdict, what, medians with p20-p80, ratio."""
     new = change.new
     words = (new.command, new.operation, new.shape, new.dtype, new.mode, new.provider, new.metric)
@@ -129,7 +131,7 @@ def load_rows(path: Path, option: str) -> list[Row]:
     return rows
 
 
-def compared(old: Sequence[Row], new: Sequence[Row], threshold: float) -> list[Change]:
+def compared(old: Sequence[Row], new: Sequence[Row], threshold: float) -> list[RowChange]:
     """Return the changes.
 
     Raises:
@@ -144,7 +146,7 @@ def compared(old: Sequence[Row], new: Sequence[Row], threshold: float) -> list[C
     return changes
 
 
-def hand_out(changes: Sequence[Change], *, everything: bool) -> int:
+def hand_out(changes: Sequence[RowChange], *, everything: bool) -> int:
     """Print the comparison and return the exit status."""
     for difference in differences(changes):
         print(f"conditions differ: {difference}")

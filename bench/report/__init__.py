@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...cli import UsageError, command, require
-from ..compare import THRESHOLD, Change, compared, hand_out, load_rows
+from ..compare import THRESHOLD, RowChange, compared, hand_out, load_rows
 from ..harness.results import Row
 from .data import latest
 from .page import measurements_page, read_static
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     require(bool(wanted), "report", "neither --output nor --markdown", "one of them", "add it")
     rows = latest(row for path in options.results for row in load_rows(path, "RESULTS"))
     static = None if options.static is None else read_static(options.static)
-    changes: list[Change] = []
+    changes: list[RowChange] = []
     if options.baseline is not None:
         changes = compared(load_rows(options.baseline, "--baseline"), rows, THRESHOLD)
     if options.output is not None:

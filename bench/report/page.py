@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...cli import UsageError
 from ...train.report.page import figure, folded, page, paragraph, table
 from ...train.report.tables import TextTable
-from ..compare import Change, describe, differences, summary
+from ..compare import RowChange, describe, differences, summary
 from ..harness.results import Row
 from .data import distinct, tables
 
@@ -34,7 +34,7 @@ def measurements_page(
     rows: Sequence[Row],
     drawings: "Sequence[Drawing]",
     *,
-    changes: Sequence[Change] = (),
+    changes: Sequence[RowChange] = (),
     static: dict[str, Any] | None = None,
 ) -> str:
     """Return the page."""
@@ -81,7 +81,7 @@ def _measured(shown: TextTable) -> str:
     return folded(summary, content, is_open=len(shown.rows) <= OPEN_ROWS)
 
 
-def _comparison(changes: Sequence[Change]) -> str:
+def _comparison(changes: Sequence[RowChange]) -> str:
     differ = differences(changes)
     said = "; ".join(differ) if differ else "same device and versions"
     moved = [describe(change) for change in changes if change.verdict != "same"]

@@ -11,7 +11,14 @@ import matplotlib, as `tsne` and `separation` import scikit-learn, only when the
 `plot`). For the raw tensors of one pass see `PromptedViT.capture`.
 """
 
-from .attention import AttentionMaps, attention_maps, patch_token
+from .attention import (
+    AttentionMaps,
+    Diversity,
+    attention_maps,
+    diversity,
+    effective_rank,
+    patch_token,
+)
 from .feature_space import Separation, features, separation, tsne
 from .figures import (
     Series,
@@ -37,7 +44,6 @@ from .selection import (
     usage,
     why_nothing_is_selected,
 )
-from .token_diversity import Diversity, diversity, effective_rank
 
 __all__ = [
     "AttentionMaps",

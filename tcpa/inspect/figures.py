@@ -44,14 +44,13 @@ def draw_selection(
         order: int `[L_patch, K]`, a row of `Selections.image`.
         grid: patches from top to bottom and from left to right.
         entries: R of the image pool.
-        title: text above.
     """
     rows, columns = grid
     fits = order.ndim == 2 and order.shape[0] == rows * columns and order.shape[1] > 0
     require(fits, "order", f"shape {order.shape}", f"({rows * columns}, K)", "pass one image's")
     figure, axes = panel((3.3, 3.4))
     height, width = image.shape[:2]
-    _show_image(axes, _grey(image))
+    _show(axes, image if image.ndim == 2 else image.mean(axis=-1))
     colours = entry_colours(entries)
     size = (width / columns, height / rows)
     from matplotlib.patches import Rectangle
@@ -67,7 +66,8 @@ def draw_selection(
         axes.add_patch(Rectangle(corner, *size, facecolor=colour, alpha=0.6, linewidth=0))
         middle = (corner[0] + size[0] / 2, corner[1] + size[1] / 2)
         axes.text(*middle, str(entry), ha="center", va="center", **text)
-    return _finish(figure, axes, title, "patch column", "patch row", grid, image)
+    _number(axes, title, grid, image)
+    return figure
 
 
 @styled
@@ -76,7 +76,6 @@ def draw_usage(seen: np.ndarray, *, title: str = "Tokens that see an entry") -> 
 
     Args:
         seen: float `[N, R]` in [0, 1], `Usage.seen`.
-        title: text above.
     """
     blocks, entries = seen.shape
     figure, axes = panel((max(2.6, 0.27 * entries + 1.4), 0.3 * blocks + 1.4))
@@ -101,11 +100,11 @@ def draw_image(image: np.ndarray, grid: tuple[int, int], *, title: str = "Image"
     Args:
         image: float `[height, width]` or `[height, width, 3]`, values in [0, 1].
         grid: patches from top to bottom and from left to right.
-        title: text above.
     """
     figure, axes = panel((3.3, 3.1))
-    _show_image(axes, image)
-    return _finish(figure, axes, title, "patch column", "patch row", grid, image)
+    _show(axes, image)
+    _number(axes, title, grid, image)
+    return figure
 
 
 @styled
@@ -123,7 +122,6 @@ def draw_attention(
     Args:
         image: float `[height, width]` or `[height, width, 3]`, values in [0, 1].
         weights: `[rows, columns]`, of the patches.
-        title: text above.
         limit: weight at the end of the colour scale; the largest by default.
         query: row and column of the patch that looks; it gets a frame.
         opacity: of the colours, 0 to 1; below 1 they are not quite those of the scale.
@@ -131,7 +129,7 @@ def draw_attention(
     figure, axes = panel((3.3, 3.1))
     height, width = image.shape[:2]
     limit = float(weights.max()) if limit is None else limit
-    _show_image(axes, _grey(image))
+    _show(axes, image if image.ndim == 2 else image.mean(axis=-1))
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     scale = {"cmap": "viridis", "vmin": 0, "vmax": 100 * limit or 1}
     shown = axes.imshow(
@@ -146,7 +144,8 @@ def draw_attention(
     bar: Any = figure.colorbar(shown, ax=axes, shrink=0.75, pad=0.02)
     bar.solids.set_alpha(1)
     bar.set_label("attention of a patch, %")
-    return _finish(figure, axes, title, "patch column", "patch row", weights.shape, image)
+    _number(axes, title, weights.shape, image)
+    return figure
 
 
 @styled
@@ -157,7 +156,6 @@ def draw_attention_surface(
 
     Args:
         weights: `[rows, columns]`, of the patches.
-        title: text above.
         limit: weight at the top of the axis; the largest by default.
     """
     figure, axes = panel((3.3, 3.1), projection="3d")
@@ -191,7 +189,6 @@ def draw_points(
         points: float `[B, 2]`, from `tsne`.
         labels: int `[B]`; one colour for all without.
         names: of the classes.
-        title: text above.
     """
     kinds = 0 if labels is None else len(names)
     listed = 0 < kinds <= 20
@@ -223,7 +220,6 @@ def draw_lines(
     Args:
         series: lines.
         xlabel, ylabel: with units.
-        title: text above.
         integer: ticks of the x axis at whole numbers only.
     """
     figure, axes = panel((4.0, 2.9 + 0.19 * -(-len(series) // 2)))
@@ -236,29 +232,17 @@ def draw_lines(
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if integer:
         axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.2)
+    axes.grid()
     if series:
         figure.legend(loc="outside lower center", ncols=2, handlelength=2.4)
     return figure
 
 
-def _grey(image: np.ndarray) -> np.ndarray:
-    return image if image.ndim == 2 else image.mean(axis=-1)
-
-
-def _show_image(axes: Any, image: np.ndarray) -> None:
+def _show(axes: Any, image: np.ndarray) -> None:
     axes.imshow(image, cmap="gray" if image.ndim == 2 else None, vmin=0, vmax=1)
 
 
-def _finish(
-    figure: "Figure",
-    axes: Any,
-    title: str,
-    xlabel: str,
-    ylabel: str,
-    grid: Sequence[int],
-    image: np.ndarray,
-) -> "Figure":
+def _number(axes: Any, title: str, grid: Sequence[int], image: np.ndarray) -> None:
     """Label an image's axes with patch numbers."""
     for set_ticks, count, pixels in (
         (axes.set_yticks, grid[0], image.shape[0]),
@@ -267,5 +251,4 @@ def _finish(
         shown = range(0, count, max(1, -(-count // 8)))
         set_ticks([(i + 0.5) * pixels / count - 0.5 for i in shown], [str(i) for i in shown])
     axes.tick_params(labelsize=7, length=2)
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    return figure
+    axes.set(xlabel="patch column", ylabel="patch row", title=title)

@@ -21,7 +21,7 @@ from tcpa.train.jobs.run import run
 from tcpa.train.options.run import ReportConfig
 from tcpa.train.report.command import report
 from tcpa.train.report.groups import LABELS, group_runs, names_of, setting_of
-from tcpa.train.report.paper import AVERAGE, ROWS, published, table1
+from tcpa.train.report.paper import AVERAGE, FAULTS, ROWS, published, table1
 from tcpa.train.report.runs import read_runs
 from tcpa.train.report.table1 import details, overview
 
@@ -62,8 +62,6 @@ def test_the_faults_named_are_those_of_the_table1() -> None:
                 if abs(real - float(row[f"delta_printed_{label}"])) > 0.051:
                     wrong[name, label] = (float(row[f"delta_printed_{label}"]), round(real, 1))
     assert wrong == {("VP+TCPA", "Dog"): (3.1, 4.1), ("VFPT+TCPA", "Cifar10"): (1.4, 1.0)}
-    from tcpa.train.report.paper import FAULTS
-
     told = " ".join(FAULTS)
     for (name, label), (printed, real) in wrong.items():
         assert f"{name} on {label} (+{printed}; they give +{real})" in told
@@ -173,8 +171,16 @@ def test_random_weights_of_other_seeds_share_a_mean(tmp_path) -> None:
 # What does not count.
 
 
-def unfinished(folder):
-    (folder / "result.json").unlink()
+def drop(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def put(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def alter(name, **changes):
+    return lambda folder: edit(folder / name, **changes)
 
 
 def only_claimed(folder):
@@ -183,51 +189,34 @@ def only_claimed(folder):
             path.unlink()
 
 
-def not_json(folder):
-    (folder / "config.json").write_text("{")
-
-
-def cut_line(folder):
-    (folder / "metrics.jsonl").write_text('{"kind": "ep\n')
-
-
 def fewer_epochs(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(lines[:-2]))
 
 
-def all_higher(folder):
-    edit(folder / "result.json", accuracy=99.0)
-
-
-def another_epoch(folder):
-    edit(folder / "result.json", accuracy=88.0, epoch=3)
-
-
 BROKEN = {
-    "unfinished": (unfinished, "unfinished: 3 of 3 epochs"),
+    "unfinished": (drop("result.json"), "unfinished: 3 of 3 epochs"),
     "only claimed": (only_claimed, "unfinished: 0 of 3 epochs"),
-    "no configuration": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
-    "broken configuration": (not_json, "config.json is no JSON"),
-    "other JSON": (lambda f: (f / "config.json").write_text("[]"), "config.json holds a list"),
-    "no recipe": (lambda f: edit(f / "config.json", recipe=None), "config.json: recipe is None"),
-    "no environment": (
-        lambda f: (f / "environment.json").unlink(),
-        "environment.json is missing",
-    ),
-    "no metrics": (lambda f: (f / "metrics.jsonl").unlink(), "metrics.jsonl has 0 epochs"),
-    "broken metrics": (cut_line, "metrics.jsonl cannot be read"),
+    "no configuration": (drop("config.json"), "config.json is missing"),
+    "broken configuration": (put("config.json", "{"), "config.json is no JSON"),
+    "other JSON": (put("config.json", "[]"), "config.json holds a list"),
+    "no recipe": (alter("config.json", recipe=None), "config.json: recipe is None"),
+    "no environment": (drop("environment.json"), "environment.json is missing"),
+    "other environment": (put("environment.json", "[1]"), "environment.json holds a int"),
+    "no metrics": (drop("metrics.jsonl"), "metrics.jsonl has 0 epochs"),
+    "broken metrics": (put("metrics.jsonl", '{"kind": "ep\n'), "metrics.jsonl cannot be read"),
+    "other metrics": (put("metrics.jsonl", "{}\n"), "metrics.jsonl, line 1: kind is None"),
     "fewer epochs": (fewer_epochs, "metrics.jsonl has 2 epochs, config.json 3"),
-    "altered accuracy": (all_higher, "says 99.0 % after epoch 2, metrics.jsonl says 89.0 there"),
-    "no number": (
-        lambda f: edit(f / "result.json", accuracy="high"),
-        "result.json: accuracy is 'high'",
+    "altered accuracy": (
+        alter("result.json", accuracy=99.0),
+        "says 99.0 % after epoch 2, metrics.jsonl says 89.0 there",
     ),
-    "another epoch": (another_epoch, "says that epoch 3 is the best on test, metrics.jsonl says 2"),
-    "another seed": (
-        lambda f: edit(f / "result.json", seed=7),
-        "result.json says seed 7, config.json 1",
+    "no number": (alter("result.json", accuracy="high"), "result.json: accuracy is 'high'"),
+    "another epoch": (
+        alter("result.json", accuracy=88.0, epoch=3),
+        "says that epoch 3 is the best on test, metrics.jsonl says 2",
     ),
+    "another seed": (alter("result.json", seed=7), "result.json says seed 7, config.json 1"),
 }
 
 
@@ -276,25 +265,22 @@ class Page:
         self.words = " ".join(" ".join(self.root.itertext()).split())
 
 
-@pytest.fixture
-def written(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("written")
     for seed in (1, 2):
         write_run(tmp_path / "runs", (80.0, 88.0 + seed, 88.0), seed=seed)
     write_run(tmp_path / "runs", protocol="val", device="<A100>")
-    unfinished(write_run(tmp_path / "runs", dataset="svhn"))
+    drop("result.json")(write_run(tmp_path / "runs", dataset="svhn"))
     report(ReportConfig(folders=(tmp_path / "runs",), output=tmp_path / "report"))
     return tmp_path / "report"
 
 
-def test_the_page_needs_nothing_else_and_fits_both_lights(written) -> None:
+def test_the_page_needs_nothing_else_and_has_tables_times_curves_notes(written) -> None:
     page = Page(written / "report.html")
     assert not re.search(r"<script|<link|<img|src=|url\((?!#)|@import|https?://", page.text)
     assert "prefers-color-scheme: dark" in page.text and "width=device-width" in page.text
     assert "currentColor" in page.text and "<A100>" in page.words
-
-
-def test_the_page_has_table_times_curves_notes(written) -> None:
-    page = Page(written / "report.html")
     for part in (
         "VFPT+TCPA, paper", "89.5 ± 0.7", "vfpt+tcpa, val", "unfinished: 3 of 3 epochs",
         "training epoch, s", "VTAB-1k", "image prompt on CUB", "official: the best test epoch",

@@ -13,7 +13,7 @@ from ..demo.digits import NUM_CLASSES, DigitSplit, make_split
 from ..demo.methods import DemoMethod, chosen_methods
 from ..demo.training import build_model, measure, train_epochs
 from .images import ImageSet
-from .subjects import BARE, State, Subject
+from .subjects import BARE, EarlierModel, Subject
 
 EPOCHS, QUICK_EPOCHS = 10, 2
 KEPT = (1, 2, 4, 6, 8)
@@ -46,10 +46,10 @@ def demo_inputs(
 def _train(method: DemoMethod, split: DigitSplit, seed: int, epochs: int, keep: bool) -> Subject:
     """Train as the demo does, and keep copies on the way."""
     model = build_model(method, split, seed=seed)
-    states = [State(epoch=0, model=_copy(model))] if keep else []
+    states = [EarlierModel(epoch=0, model=_copy(model))] if keep else []
     for found in train_epochs(model, method, split, seed=seed, epochs=epochs):
         if keep and (found.epoch in KEPT or found.epoch == epochs):
-            states.append(State(epoch=found.epoch, model=_copy(model)))
+            states.append(EarlierModel(epoch=found.epoch, model=_copy(model)))
     return Subject(
         name=method.name,
         source=f"trained for {epochs} epochs on {len(split.train_labels):,} digits",

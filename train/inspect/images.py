@@ -14,6 +14,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
+import tcpa
+from tcpa.vit import input_channels
+
 from ...cli import UsageError
 
 SPLITS = {"train", "val", "test"}
@@ -48,28 +51,25 @@ class ImageSet:
     origin: str
 
 
-def read_images(
-    folder: Path,
-    *,
-    size: int,
-    channels: int,
-    normalization: tuple[tuple[float, ...], tuple[float, ...]],
-    max_images: int,
-    seed: int,
-) -> ImageSet:
+def read_images(folder: Path, model: tcpa.PromptedViT, *, count: int, seed: int) -> ImageSet:
     """Read the images below a folder: shorter side to 8/7 of the size, the middle cut out.
 
     Args:
         folder: images at any depth; two or more folders in it are classes.
-        size: side of the model's input, pixels.
-        channels: 1 (grey) or 3.
-        normalization: mean and standard deviation of the channels.
-        max_images: as many are read; which, if there are more, the seed decides.
+        model: decides size, channels and normalisation.
+        count: as many are read; which, if there are more, the seed decides.
         seed: of that choice.
 
     Raises:
-        UsageError: no folder, no image, or none that can be read.
+        UsageError: no folder, no image, none that can be read, or a model for other channels.
     """
+    size, channels = model.backbone.patch_embed.img_size, input_channels(model.backbone)
+    size = 224 if not size else int(size[0])
+    if channels not in (1, 3):
+        raise UsageError(
+            f"RUNS: got a backbone for images of {channels} channels, expected 1 or 3; use "
+            "tcpa.inspect with tensors of your own"
+        )
     if not folder.is_dir():
         raise UsageError(f"--images: got {folder}, expected a folder of images; check the path")
     found = sorted(
@@ -89,7 +89,7 @@ def read_images(
     read: dict[int, np.ndarray] = {}
     skipped = []
     for place in order:
-        if len(read) == max_images:
+        if len(read) == count:
             break
         try:
             read[place] = _read(folder / found[place], size, channels)
@@ -107,15 +107,13 @@ def read_images(
     places = sorted(read)
     names = [found[place].as_posix() for place in places]
     classes = _classes(found)
-    labels = None
-    if classes:
-        labels = np.array([classes.index(_class_of(Path(name))) for name in names], np.int64)
+    labels = [classes.index(_class_of(Path(name))) for name in names] if classes else None
     pixels = np.stack([read[place] for place in places])
     return ImageSet(
-        images=normalise(pixels, normalization),
+        images=_normalise(pixels, model.normalization),
         pictures=(pixels[..., 0] if channels == 1 else pixels).astype(np.float32) / 255,
         names=names,
-        labels=labels,
+        labels=None if labels is None else np.array(labels, np.int64),
         class_names=classes,
         skipped=sorted(skipped),
         left_out=len(found) - len(read) - len(skipped),
@@ -138,7 +136,7 @@ def _read(path: Path, size: int, channels: int) -> np.ndarray:
     return np.asarray(picture).reshape(size, size, channels)
 
 
-def normalise(pixels: np.ndarray, normalization: tuple[Any, Any]) -> Tensor:
+def _normalise(pixels: np.ndarray, normalization: Any) -> Tensor:
     """Map uint8 `[B, S, S, channels]` to float32 `[B, channels, S, S]` as a model expects it."""
     mean, std = (torch.tensor(values, dtype=torch.float32) for values in normalization)
     scaled = torch.from_numpy(pixels).float() / 255

@@ -23,8 +23,7 @@ WIDE = 10
 HINT = "Point at a patch, or tap it: the prompts that it chose, in order."
 
 STYLE = """
-.maps { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
-.maps.large { grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); }
+.maps.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
 .row .figures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); }
 .row img { max-width: 26rem; }
 output { display: block; min-height: 3em; font-size: 0.875rem; font-weight: 600; }
@@ -83,8 +82,8 @@ def selection_maps(found: Inspection, of_model: ModelMeasures, number: int) -> s
             f"<figcaption>{kinds} of {len(colours)} entries are a first choice; prompt {entry} "
             f"is that of {count} of {len(order)} patches.</figcaption></figure>"
         )
-    large = " large" if selected.found.grid[1] > WIDE else ""
-    return f'<div class="maps figures{large}">{"".join(figures)}</div>'
+    small = " small" if selected.found.grid[1] <= WIDE else ""
+    return f'<div class="maps figures{small}">{"".join(figures)}</div>'
 
 
 def _most(first: np.ndarray) -> tuple[int, int]:

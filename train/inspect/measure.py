@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from tcpa import inspect
 
 from ...cli import UsageError
+from ..options.inspect import InspectConfig
 from .images import ImageSet
 from .subjects import Subject
 
@@ -115,33 +116,29 @@ def choose_queries(
     return found
 
 
-def check_numbers(subject: Subject, block: int | None, head: int | None) -> tuple[int, int | None]:
+def _choose_numbers(subject: Subject, config: InspectConfig) -> tuple[int, int | None]:
     """Return block and head from 0.
 
     Raises:
         UsageError: the model does not have so many.
     """
     blocks: Any = subject.model.backbone.blocks
+    block, head = config.block or len(blocks), config.head
     for option, value, most in (
         ("--block", block, len(blocks)),
-        ("--head", head, blocks[0].attn.num_heads),
+        ("--head", head or 1, blocks[0].attn.num_heads),
     ):
-        if value is not None and value > most:
+        if value > most:
             raise UsageError(f"{option}: got {value}, expected 1 to {most}; choose another")
-    return (len(blocks) if block is None else block) - 1, None if head is None else head - 1
+    return block - 1, None if head is None else head - 1
 
 
 def measure(
     subjects: Sequence[Subject],
     images: ImageSet,
+    config: InspectConfig,
     *,
     backbone: str,
-    show: int,
-    places: Sequence[tuple[int, int]],
-    block: int | None,
-    head: int | None,
-    batch_size: int,
-    seed: int,
     say: Callable[[str], None],
 ) -> Inspection:
     """Measure all models on the same images.
@@ -149,18 +146,17 @@ def measure(
     Raises:
         UsageError: an option does not fit the models.
     """
-    index, head_index = check_numbers(subjects[0], block, head)
-    queries = choose_queries(subjects[0], images, places)
-    shown = choose_shown(images, show)
-    options = {"batch_size": batch_size}
+    block, head = _choose_numbers(subjects[0], config)
+    queries = choose_queries(subjects[0], images, config.patch_places())
+    shown, few = choose_shown(images, config.show), choose_shown(images, DIVERSITY_IMAGES)
+    options = {"batch_size": config.batch_size}
     tokens = [query.token for query in queries]
-    few = choose_shown(images, DIVERSITY_IMAGES)
     measured = []
     for subject in subjects:
         say(f"measuring {subject.name} on {len(images.names):,} images")
         model = subject.model
         maps = inspect.attention_maps(
-            model, images.images[shown], queries=tokens, head=head_index, batch_size=batch_size
+            model, images.images[shown], queries=tokens, head=head, **options
         )
         features = inspect.features(model, images.images, **options)
         selected, reason = _select(subject, images, options)
@@ -172,7 +168,7 @@ def measure(
                 maps=maps,
                 shares=maps.shares()[:, :, :, 0].mean(axis=(1, 2)),
                 features=features,
-                map2d=inspect.tsne(features, seed=seed) if len(features) >= 4 else None,
+                map2d=inspect.tsne(features, seed=config.seed) if len(features) >= 4 else None,
                 separation=_separate(features, images.labels),
                 diversity=inspect.diversity(model, images.images[few], **options),
             )
@@ -183,10 +179,10 @@ def measure(
         images=images,
         shown=shown,
         queries=queries,
-        block=index,
-        head=head_index,
+        block=block,
+        head=head,
         backbone=backbone,
-        seed=seed,
+        seed=config.seed,
         diversity_images=len(few),
     )
 
@@ -277,21 +273,18 @@ def _model_json(subject: Subject, of_model: ModelMeasures, found: Inspection) ->
         "tsne": _plain(of_model.map2d),
         "separation": _plain(of_model.separation),
         "diversity": {
-            name: {"mean": _plain(values.mean(axis=1)), "std": _plain(values.std(axis=1))}
-            for name, values in _fields(of_model.diversity).items()
+            field.name: {"mean": _plain(values.mean(axis=1)), "std": _plain(values.std(axis=1))}
+            for field in fields(of_model.diversity)
+            for values in [getattr(of_model.diversity, field.name)]
         }
         | {"images": found.diversity_images},
     }
 
 
-def _fields(record: Any) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in record.__dataclass_fields__}
-
-
 def _plain(value: Any) -> Any:
     """Turn records and arrays into JSON data; floats to seven digits."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {name: _plain(part) for name, part in _fields(value).items()}
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, np.ndarray):
         return _plain(value.tolist())
     if isinstance(value, list | tuple):

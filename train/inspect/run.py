@@ -46,31 +46,13 @@ def run_inspect(config: InspectConfig) -> Path:
             config.runs, config.checkpoints, config.backbone, config.weights
         )
         model = subjects[0].model
-        images = read_images(
-            config.images,
-            size=_image_size(model),
-            channels=_channels(model),
-            normalization=tuple(model.normalization),  # type: ignore[arg-type]
-            max_images=config.max_images,
-            seed=config.seed,
-        )
+        images = read_images(config.images, model, count=config.max_images, seed=config.seed)
         for name, reason in images.skipped:
             say(f"skipped {name}: {reason}")
     for subject in subjects:
         for model in (subject.model, *(state.model for state in subject.states)):
             model.to(device)
-    found = measure(
-        subjects,
-        images,
-        backbone=backbone,
-        show=config.show,
-        places=config.patch_places(),
-        block=config.block,
-        head=config.head,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        say=say,
-    )
+    found = measure(subjects, images, config, backbone=backbone, say=say)
     say("drawing")
     page, drawn = build_page(found)
     numbers = {"program": PROGRAM, **to_json(found)}
@@ -87,23 +69,6 @@ def run_inspect(config: InspectConfig) -> Path:
     seconds = time.perf_counter() - start
     say(f"{seconds:.0f} s; {config.output / PAGE}, {NUMBERS}, {len(drawn)} files in {FIGURES}/")
     return config.output / PAGE
-
-
-def _image_size(model) -> int:
-    size = model.backbone.patch_embed.img_size
-    return 224 if not size else int(size[0])
-
-
-def _channels(model) -> int:
-    from tcpa.vit import input_channels
-
-    channels = input_channels(model.backbone)
-    if channels not in (1, 3):
-        raise UsageError(
-            f"RUNS: got a backbone for images of {channels} channels, expected 1 or 3; use "
-            "tcpa.inspect with tensors of your own"
-        )
-    return channels
 
 
 def prepare_output(folder: Path) -> None:

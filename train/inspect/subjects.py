@@ -1,5 +1,6 @@
 """The models that are compared: adapters of runs on their backbone, and the backbone by itself."""
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,10 +23,11 @@ from ..report.runs import SIGNS, finished_result, read_runs
 from ..storage import read_json
 
 BARE = "no prompt"
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class State:
+class EarlierModel:
     """The model of a subject at another time."""
 
     epoch: float
@@ -43,14 +45,14 @@ class Subject:
     """Where it comes from."""
     model: tcpa.PromptedViT
     """In float32, in evaluation mode."""
-    states: Sequence[State] = field(default=())
+    states: Sequence[EarlierModel] = field(default=())
     """Earlier states, in order; the last may be the model itself."""
     accuracy: float | None = None
     """Percent, on images that were not trained on, where it is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Adapter:
+class FoundAdapter:
     """A folder with an adapter, and what its configuration says of the backbone."""
 
     folder: Path
@@ -66,12 +68,8 @@ class Adapter:
         return str(self.backbone["name"])
 
 
-def find_adapter(path: Path, option: str = "RUNS") -> Adapter:
-    """Find the adapter of a finished run, or the one that a folder holds.
-
-    Raises:
-        UsageError: there is none, or the run is unfinished or damaged.
-    """
+def find_adapter(path: Path, option: str = "RUNS") -> FoundAdapter:
+    """Find the adapter of a finished run, or the one that a folder holds, or raise UsageError."""
     if (path / CONFIG_FILE).is_file():
         return _read_adapter(path, None, option)
     inside = sorted(file.parent for file in path.glob(f"*/{CONFIG_FILE}"))
@@ -92,37 +90,26 @@ def find_adapter(path: Path, option: str = "RUNS") -> Adapter:
     )
 
 
-def _read_adapter(folder: Path, run: Path | None, option: str) -> Adapter:
+def _read_adapter(folder: Path, run: Path | None, option: str) -> FoundAdapter:
     try:
         content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        described, prompt = content["backbone"], content.get("input_prompt") or {"config": {}}
-        found = Adapter(
-            folder=folder,
-            run=run,
-            backbone=described,
-            tuning=content.get("tuning"),
-            mapped=prompt["config"].get("mapping", "head") != "head",
-        )
-        parts = ("name", "image_size", "dtype", "settings", "fingerprint")
-        if not all(part in described for part in parts) or found.backbone["dtype"] not in DTYPES:
+        prompt = content.get("input_prompt") or {"config": {}}
+        backbone = content["backbone"]
+        parts = {"name", "image_size", "settings", "fingerprint"}
+        if not parts <= backbone.keys() or backbone["dtype"] not in DTYPES:
             raise KeyError("backbone")
+        mapped = prompt["config"].get("mapping", "head") != "head"
+        tuning = content.get("tuning")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UsageError(
             f"{option}: {folder / CONFIG_FILE} is not what tcpa saves ({error}); save the adapter "
             "again"
         ) from None
-    return found
+    return FoundAdapter(folder=folder, run=run, backbone=backbone, tuning=tuning, mapped=mapped)
 
 
-DTYPES = ("float16", "bfloat16", "float32", "float64")
-
-
-def require_one_backbone(adapters: Sequence[Adapter]) -> None:
-    """Refuse adapters of different backbones.
-
-    Raises:
-        UsageError: names both.
-    """
+def require_one_backbone(adapters: Sequence[FoundAdapter]) -> None:
+    """Refuse adapters of different backbones with a UsageError that names both."""
     first = adapters[0]
     for other in adapters[1:]:
         same = other.name == first.name and all(
@@ -139,7 +126,7 @@ def require_one_backbone(adapters: Sequence[Adapter]) -> None:
             )
 
 
-def _described(adapter: Adapter) -> str:
+def _described(adapter: FoundAdapter) -> str:
     size = "x".join(map(str, adapter.backbone["image_size"])) or "any size"
     return f"{adapter.name} at {size} (weights {str(adapter.backbone['fingerprint'])[:12]})"
 
@@ -147,7 +134,9 @@ def _described(adapter: Adapter) -> str:
 class Backbones:
     """Creates fresh copies of the one backbone of an inspection."""
 
-    def __init__(self, name: str | None, weights: str | None, adapters: Sequence[Adapter]) -> None:
+    def __init__(
+        self, name: str | None, weights: str | None, adapters: Sequence[FoundAdapter]
+    ) -> None:
         adapter = adapters[0]
         self.name = name or adapter.name
         size = adapter.backbone["image_size"]
@@ -167,16 +156,10 @@ class Backbones:
 
     def fresh(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return a copy that nobody has taken over."""
-        import copy
-
         return copy.deepcopy(self._model).to(dtype)
 
-    def load(self, adapter: Adapter, option: str = "RUNS") -> tcpa.PromptedViT:
-        """Put an adapter on a copy; the model computes in float32, whatever it was trained in.
-
-        Raises:
-            UsageError: it is damaged, or for another backbone.
-        """
+    def load(self, adapter: FoundAdapter, option: str = "RUNS") -> tcpa.PromptedViT:
+        """Put an adapter on a copy that computes in float32, or raise UsageError."""
         dtype = getattr(torch, adapter.backbone["dtype"])
         try:
             model = tcpa.from_pretrained(adapter.folder, backbone=self.fresh(dtype))
@@ -191,13 +174,8 @@ class Backbones:
             raise UsageError(f"{option}: {text}") from None
         return model.float().eval()
 
-    def bare(self, like: tcpa.PromptedViT) -> tcpa.PromptedViT:
-        """Return the backbone without prompts."""
-        mean, std = like.normalization
-        return tcpa.wrap(self.fresh(), None, normalization=(mean, std)).eval()
 
-
-def _weights_of(adapter: Adapter) -> tuple[str, int | None]:
+def _weights_of(adapter: FoundAdapter) -> tuple[str, int | None]:
     """Return the weights with which a run was trained, and the seed of random ones."""
     config = read_json(adapter.run / CONFIG) if adapter.run else None
     if not isinstance(config, dict):
@@ -208,7 +186,7 @@ def _weights_of(adapter: Adapter) -> tuple[str, int | None]:
     return weights, seed if weights == "none" else None
 
 
-def _is_demo(adapter: Adapter) -> bool:
+def _is_demo(adapter: FoundAdapter) -> bool:
     own = demo.load_backbone()
     settings = json.loads(json.dumps(vit.settings(own)))
     return adapter.name == type(own).__name__ and adapter.backbone["settings"] == settings
@@ -217,10 +195,7 @@ def _is_demo(adapter: Adapter) -> bool:
 def load_subjects(
     runs: Sequence[Path], checkpoints: Sequence[Path], backbone: str | None, weights: str | None
 ) -> tuple[list[Subject], str]:
-    """Load runs and adapters, and the bare backbone after them.
-
-    Returns:
-        The subjects and the name of their backbone.
+    """Load runs and adapters, and the bare backbone after them; return its name, too.
 
     Raises:
         UsageError: one cannot be had, or they are of different backbones.
@@ -230,31 +205,28 @@ def load_subjects(
     require_one_backbone([*adapters, *earlier])
     backbones = Backbones(backbone, weights, [*adapters, *earlier])
     models = [backbones.load(adapter) for adapter in adapters]
-    names = _names(adapters, models)
+    states = [
+        EarlierModel(epoch=number, model=backbones.load(found, "--checkpoints"))
+        for number, found in enumerate(earlier, 1)
+    ] or _kept(adapters[0], backbones)
     subjects = []
-    for place, (adapter, model) in enumerate(zip(adapters, models, strict=True)):
-        states: list[State] = []
-        if place == 0:
-            states = [
-                State(epoch=number + 1, model=backbones.load(found, "--checkpoints"))
-                for number, found in enumerate(earlier)
-            ] or _kept(adapter, backbones)
+    for name, adapter, model in zip(_names(adapters, models), adapters, models, strict=True):
         result = finished_result(adapter.run) if adapter.run else None
-        accuracy = None if result is None else result["accuracy"]
         subjects.append(
             Subject(
-                name=names[place],
+                name=name,
                 source=str(adapter.run or adapter.folder),
                 model=model,
-                states=states,
-                accuracy=accuracy,
+                states=() if subjects else states,
+                accuracy=None if result is None else result["accuracy"],
             )
         )
-    bare = Subject(name=BARE, source="the backbone", model=backbones.bare(models[0]))
-    return [*subjects, bare], backbones.name
+    mean, std = models[0].normalization
+    bare = tcpa.wrap(backbones.fresh(), None, normalization=(mean, std)).eval()
+    return [*subjects, Subject(name=BARE, source="the backbone", model=bare)], backbones.name
 
 
-def _kept(adapter: Adapter, backbones: Backbones) -> list[State]:
+def _kept(adapter: FoundAdapter, backbones: Backbones) -> list[EarlierModel]:
     """Return the states that a run kept as checkpoints, oldest first."""
     found = []
     for name in (PREVIOUS, CURRENT) if adapter.run else ():
@@ -274,16 +246,12 @@ def _kept(adapter: Adapter, backbones: Backbones) -> list[State]:
         with torch.no_grad():
             for key, parameter in named.items():
                 parameter.copy_(values[key])
-        found.append(State(epoch=float(checkpoint.state["epoch"]), model=model))
+        found.append(EarlierModel(epoch=float(checkpoint.state["epoch"]), model=model))
     # Equal epochs: the run was saved in the middle of one, and once more.
-    return [state for place, state in enumerate(found) if place == 0 or _later(found, place)]
+    return list({state.epoch: state for state in reversed(found)}.values())[::-1]
 
 
-def _later(found: list[State], place: int) -> bool:
-    return found[place].epoch > found[place - 1].epoch
-
-
-def _names(adapters: Sequence[Adapter], models: Sequence[tcpa.PromptedViT]) -> list[str]:
+def _names(adapters: Sequence[FoundAdapter], models: Sequence[tcpa.PromptedViT]) -> list[str]:
     """Name models by their method, and by their folder too where two have the same."""
     methods = [method_name(model) for model in models]
     named = []

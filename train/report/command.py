@@ -8,8 +8,8 @@ from rich.console import Console
 from ...cli import UsageError
 from ..options.run import ReportConfig
 from ..storage import replace_file
-from .document import Report, html_page, markdown
-from .groups import Group, Setting, group_runs, names_of, setting_of
+from .document import RunsReport, html_page, markdown
+from .groups import RunGroup, Setting, group_runs, names_of, setting_of
 from .runs import Problem, Run, read_runs
 from .table1 import table1_csv, times
 from .table2 import table2_csv, tasks_csv
@@ -29,7 +29,7 @@ def report(config: ReportConfig) -> None:
     # A run that was killed before its first step has no setting yet.
     begun = [run for run in runs if run.starts]
     names = _names(groups, begun)
-    found = Report(
+    found = RunsReport(
         groups=groups, names=names, problems=[*problems, *repeated], curves=draw(begun, names)
     )
     timing = times(groups, names)
@@ -59,15 +59,15 @@ def print_runs(runs: Sequence[Run], problems: Sequence[Problem], console: Consol
     """Print finished runs beside the published values, and the runs that do not count."""
     groups, repeated = group_runs(runs)
     problems = [*problems, *repeated]
-    _print(console, Report(groups=groups, names=_names(groups, []), problems=problems))
+    _print(console, RunsReport(groups=groups, names=_names(groups, []), problems=problems))
 
 
-def _names(groups: Sequence[Group], runs: Sequence[Run]) -> dict[Setting, str]:
+def _names(groups: Sequence[RunGroup], runs: Sequence[Run]) -> dict[Setting, str]:
     settings = [group.setting for group in groups] + [setting_of(run) for run in runs]
     return names_of(list(dict.fromkeys(settings)))
 
 
-def _print(console: Console, found: Report) -> None:
+def _print(console: Console, found: RunsReport) -> None:
     for shown in found.details:
         console.print(f"\n{shown.title}", soft_wrap=True, markup=False, style="bold")
         console.print(to_grid(shown))

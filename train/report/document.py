@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tcpa import provenance
 
-from .groups import Group, Setting
+from .groups import RunGroup, Setting
 from .page import bullets, folded, page, paragraph, table
 from .paper import FAULTS, UNPUBLISHED, VTAB_NOTES
 from .runs import Problem
@@ -36,10 +36,10 @@ TIMES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class RunsReport:
     """Everything that a report says."""
 
-    groups: Sequence[Group]
+    groups: Sequence[RunGroup]
     names: dict[Setting, str]
     problems: Sequence[Problem]
     curves: "Sequence[Curves]" = ()
@@ -71,7 +71,7 @@ def _runs(count: int) -> str:
     return f"{count} run{'s' * (count != 1)}"
 
 
-def html_page(report: Report) -> str:
+def html_page(report: RunsReport) -> str:
     """Return the page."""
     tables = {
         "Table 1": paragraph(f"{PROTOCOLS} Runs: for each dataset.", soft=True),
@@ -103,7 +103,7 @@ def html_page(report: Report) -> str:
     return page(TITLE, intro, sections)
 
 
-def markdown(report: Report) -> str:
+def markdown(report: RunsReport) -> str:
     """Return the report in Markdown."""
     parts = [f"# {TITLE}", INTRODUCTION, PROTOCOLS, _counted_today(report)]
     for title, shown in report.overviews.items():
@@ -127,7 +127,7 @@ def _list(lines: Sequence[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _counted_today(report: Report) -> str:
+def _counted_today(report: RunsReport) -> str:
     return f"{report.counted}; {provenance.now()[:10]}."
 
 

@@ -41,8 +41,11 @@ class Setting:
     """Options given in place of the recipe's values; "" for the recipe."""
 
 
+SETTING = [field.name for field in fields(Setting)]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
+class RunGroup:
     """Finished runs of one setting on one dataset, one for each seed."""
 
     setting: Setting
@@ -67,6 +70,13 @@ class Group:
         return statistics.stdev(self.accuracies) if len(self.runs) > 1 else None
 
     @property
+    def listed(self) -> tuple[str, str, str]:
+        """Seeds, accuracies and folders of the runs."""
+        seeds = " ".join(str(run.seed) for run in self.runs)
+        folders = " ; ".join(str(run.folder) for run in self.runs)
+        return seeds, " ".join(map(str, self.accuracies)), folders
+
+    @property
     def paper(self) -> float | None:
         """Published accuracy, percent."""
         return published(self.setting.method, self.label)
@@ -88,14 +98,14 @@ class Group:
         return self.mean - self.paper if self.comparable and self.paper is not None else None
 
 
-def average(groups: Sequence[Group]) -> float | None:
+def average(groups: Sequence[RunGroup]) -> float | None:
     """Return the mean over the ten datasets, percent; None unless each is there just once."""
     if sorted(group.label for group in groups) != sorted(LABELS):
         return None
     return statistics.fmean(group.mean for group in groups)
 
 
-def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[Problem]]:
+def group_runs(runs: Iterable[Run]) -> tuple[list[RunGroup], list[Problem]]:
     """Put finished runs together.
 
     Returns:
@@ -117,7 +127,7 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[Problem]]:
             text = f"left out: repeats seed {run.seed} of {first.folder}"
             problems.append(Problem(run.folder, text))
     groups = [
-        Group(setting=setting, label=label, runs=tuple(seeds.values()), remarks=_remarks(seeds))
+        RunGroup(setting=setting, label=label, runs=tuple(seeds.values()), remarks=_remarks(seeds))
         for (setting, label, _), seeds in found.items()
     ]
     order = {setting: place for place, setting in enumerate(_in_order(groups))}
@@ -132,7 +142,7 @@ def place_of(label: str) -> tuple[int, str]:
     return (known.index(label) if label in known else len(known)), label
 
 
-def _in_order(groups: Iterable[Group]) -> list[Setting]:
+def _in_order(groups: Iterable[RunGroup]) -> list[Setting]:
     """Return the settings, methods as in the tables and others after them."""
     rows = list(ROWS)
 
@@ -143,9 +153,9 @@ def _in_order(groups: Iterable[Group]) -> list[Setting]:
     return sorted({group.setting for group in groups}, key=place)
 
 
-def by_setting(groups: Iterable[Group]) -> dict[Setting, list[Group]]:
+def by_setting(groups: Iterable[RunGroup]) -> dict[Setting, list[RunGroup]]:
     """Return the groups of each setting."""
-    found: dict[Setting, list[Group]] = {}
+    found: dict[Setting, list[RunGroup]] = {}
     for group in groups:
         found.setdefault(group.setting, []).append(group)
     return found
@@ -175,11 +185,7 @@ def setting_of(run: Run) -> Setting:
 def names_of(settings: Sequence[Setting]) -> dict[Setting, str]:
     """Return short names: method and protocol, what differs between the settings, and whatever
     makes a comparison with the paper unfair."""
-    varying = [
-        field.name
-        for field in fields(Setting)
-        if len({getattr(setting, field.name) for setting in settings}) > 1
-    ]
+    varying = [name for name in SETTING if len({getattr(one, name) for one in settings}) > 1]
     return {setting: ", ".join(_words(setting, varying)) for setting in settings}
 
 

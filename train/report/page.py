@@ -17,17 +17,18 @@ CSS = """
   --line: #3a3a42; --stripe: #1d1d23; --worse: #ff8a80; --better: #6fdd8b; } }
 * { box-sizing: border-box; }
 body { background: var(--paper); color: var(--ink); margin: 0 auto; padding: 1rem;
-  max-width: 76rem; font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+  max-width: 78rem; font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: 0 0 0.5rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 0.4rem; }
 h3 { font-size: 1rem; margin: 1.6rem 0 0.4rem; } h4 { font-size: 0.95rem; margin: 1.2rem 0 0.2rem; }
 p, li, summary, figcaption { max-width: 52rem; }
 .soft, summary, figcaption { color: var(--soft); font-size: 0.875rem; }
-nav a { margin-right: 1rem; } a { color: inherit; } details { margin-bottom: 1rem; }
-figure { margin: 0.6rem 0; min-width: 0; }
+nav a { display: inline-block; margin-right: 1rem; } a { color: inherit; }
+details { margin-bottom: 1rem; }
+figure { margin: 0.6rem 0 1.2rem; min-width: 0; }
 figure svg, figure img { display: block; max-width: 100%; height: auto;
   font-family: system-ui, sans-serif; }
 .figures { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); }
 .figures svg, .figures img { width: 100%; max-width: 34rem; }
 .wide { overflow-x: auto; margin-bottom: 0.8rem; } .wide img { max-width: none; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }

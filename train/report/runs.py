@@ -18,6 +18,11 @@ SIGNS = (*BEGUN, LOG)
 """A folder with one of these files is the folder of a run."""
 
 
+NUMBERS = ("seconds_per_epoch", "seconds_per_evaluation", "images_per_second",
+           "pipeline_images_per_second", "trainable")  # fmt: skip
+"""Of a result, beside its accuracy."""
+
+
 class _Damaged(Exception):
     """A run's files are not what a run writes."""
 
@@ -167,11 +172,8 @@ def _how_far(run: Run) -> str:
 
 def _read(folder: Path) -> Run:
     config = _json(folder / CONFIG, dict)
-    recipe, options = _part(config, "recipe", dict, CONFIG), _part(config, "options", dict, CONFIG)
-    for name in ("dataset", "method", "label", "note"):
-        _part(recipe, name, str, CONFIG)
-    for name in ("seed", "epochs"):
-        _part(recipe, name, int, CONFIG)
+    recipe, options = _parts(config, CONFIG, recipe=dict, options=dict)
+    _parts(recipe, CONFIG, dataset=str, method=str, label=str, note=str, seed=int, epochs=int)
     if options.get("protocol") not in CHOOSES_ON:
         raise _Damaged(f"{CONFIG} names no protocol")
     finished = (folder / RESULT).exists()
@@ -201,32 +203,26 @@ def _json(path: Path, kind: type) -> Any:
     return found
 
 
-def _part(values: dict[str, Any], name: str, kind: type, file: str) -> Any:
-    found = values.get(name)
-    if not isinstance(found, kind) or isinstance(found, bool):
-        raise _Damaged(f"{file}: {name} is {found!r}")
-    return found
-
-
-def _number(values: dict[str, Any], name: str, file: str) -> float:
-    found = values.get(name)
-    if not isinstance(found, int | float) or isinstance(found, bool) or not math.isfinite(found):
-        raise _Damaged(f"{file}: {name} is {found!r}")
-    return found
+def _parts(values: Any, place: str, **kinds: type) -> list[Any]:
+    """Return parts of an object of a file, which have these types; float: a finite number."""
+    if not isinstance(values, dict):
+        raise _Damaged(f"{place} holds a {type(values).__name__}")
+    for name, kind in kinds.items():
+        found = values.get(name)
+        fits = isinstance(found, int | float if kind is float else kind)
+        fits = fits and not isinstance(found, bool)
+        if not fits or (kind is float and not math.isfinite(found)):
+            raise _Damaged(f"{place}: {name} is {found!r}")
+    return [values[name] for name in kinds]
 
 
 def _starts(folder: Path) -> list[dict[str, Any]]:
     starts = _json(folder / ENVIRONMENT, list)
-    for start in starts:
-        if not isinstance(start, dict):
-            raise _Damaged(f"{ENVIRONMENT} holds a {type(start).__name__}")
-        for name in ("date", "device", "precision", "eval_precision"):
-            _part(start, name, str, ENVIRONMENT)
-        _part(start, "processes", int, ENVIRONMENT)
-        for name in ("backbone", "data", "versions"):
-            _part(start, name, dict, ENVIRONMENT)
     if not starts:
         raise _Damaged(f"{ENVIRONMENT} is empty")
+    texts = dict.fromkeys(("date", "device", "precision", "eval_precision"), str)
+    for start in starts:
+        _parts(start, ENVIRONMENT, **texts, processes=int, backbone=dict, data=dict, versions=dict)
     return starts
 
 
@@ -236,34 +232,23 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, RecursionError) as error:
         raise _Damaged(f"{METRICS} cannot be read ({error})") from None
     for number, line in enumerate(lines, start=1):
-        if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
-            raise _Damaged(f"{METRICS}, line {number} is no record")
         place = f"{METRICS}, line {number}"
-        if line["kind"] in ("epoch", "evaluation"):
-            _part(line, "epoch", int, place)
-            _number(line, "loss", place)
-            _number(line, "seconds", place)
-        if line["kind"] == "evaluation":
-            _part(line, "split", str, place)
-            _number(line, "accuracy", place)
+        (kind,) = _parts(line, place, kind=str)
+        if kind in ("epoch", "evaluation"):
+            _parts(line, place, epoch=int, loss=float, seconds=float)
+        if kind == "evaluation":
+            _parts(line, place, split=str, accuracy=float)
     return lines
 
 
 def _check_result(run: Run, result: dict[str, Any]) -> None:
     """Compare a result with the configuration and with the metrics, the source of truth."""
-    for name, value in (
-        ("dataset", run.dataset),
-        ("method", run.method),
-        ("seed", run.seed),
-        ("protocol", run.protocol),
-        ("epochs", run.recipe["epochs"]),
-    ):
+    expected = {name: run.recipe[name] for name in ("dataset", "method", "seed", "epochs")}
+    for name, value in (expected | {"protocol": run.protocol}).items():
         if result.get(name) != value:
             raise _Damaged(f"{RESULT} says {name} {result.get(name)!r}, {CONFIG} {value!r}")
-    accuracy, epoch = _number(result, "accuracy", RESULT), _part(result, "epoch", int, RESULT)
-    for name in ("seconds_per_epoch", "seconds_per_evaluation", "images_per_second",
-                 "pipeline_images_per_second", "trainable"):  # fmt: skip
-        _number(result, name, RESULT)
+    accuracy, epoch = _parts(result, RESULT, accuracy=float, epoch=int)
+    _parts(result, RESULT, **dict.fromkeys(NUMBERS, float))
     trained = len(run.points("epoch", "loss"))
     if trained != run.recipe["epochs"]:
         raise _Damaged(f"{METRICS} has {trained} epochs, {CONFIG} {run.recipe['epochs']}")
@@ -274,15 +259,15 @@ def _check_result(run: Run, result: dict[str, Any]) -> None:
             f"{RESULT} says {accuracy} % after epoch {epoch}, {METRICS} says {told} there"
         )
     chosen_on = CHOOSES_ON[run.protocol]
-    if chosen_on is not None:
-        # Of equal epochs the first one, as in the engine.
-        # Pruning begins anew: only the epochs after it can be chosen.
-        earlier = run.recipe["epochs"] - run.recipe["epochs"] // run.recipe.get("rounds", 1)
-        points = run.points("evaluation", "accuracy", split=chosen_on)
-        points = [point for point in points if point[0] > earlier]
-        best, _ = max(points, key=lambda point: point[1], default=(None, 0.0))
-        if best != epoch:
-            raise _Damaged(
-                f"{RESULT} says that epoch {epoch} is the best on {chosen_on}, {METRICS} says "
-                f"{best}"
-            )
+    if chosen_on is None:
+        return
+    # Pruning begins anew: only the epochs after it can be chosen.
+    earlier = run.recipe["epochs"] - run.recipe["epochs"] // run.recipe.get("rounds", 1)
+    points = run.points("evaluation", "accuracy", split=chosen_on)
+    points = [point for point in points if point[0] > earlier]
+    # Of equal epochs the first one, as in the engine.
+    best, _ = max(points, key=lambda point: point[1], default=(None, 0.0))
+    if best != epoch:
+        raise _Damaged(
+            f"{RESULT} says that epoch {epoch} is the best on {chosen_on}, {METRICS} says {best}"
+        )

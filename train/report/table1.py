@@ -2,16 +2,16 @@
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
 from ..data.vtab_tasks import TASKS
-from .groups import COMPLETE, LABELS, Group, Setting, average, by_setting
+from .groups import COMPLETE, LABELS, SETTING, RunGroup, Setting, average, by_setting
 from .paper import AVERAGE, ROWS, published, table1
 from .runs import Problem
-from .tables import NONE, TextTable, formatted, to_csv
+from .tables import NONE, TextTable, formatted, span, to_csv, with_spread
 
 
-def details(groups: Sequence[Group], names: dict[Setting, str]) -> list[TextTable]:
+def details(groups: Sequence[RunGroup], names: dict[Setting, str]) -> list[TextTable]:
     """Return a table a setting: every dataset with the paper's value beside ours.
 
     The tasks of VTAB-1k are left to `table2.details_vtab`.
@@ -20,11 +20,11 @@ def details(groups: Sequence[Group], names: dict[Setting, str]) -> list[TextTabl
     return [_detail(found, names[setting]) for setting, found in by_setting(others).items()]
 
 
-def _without_vtab(groups: Iterable[Group]) -> list[Group]:
+def _without_vtab(groups: Iterable[RunGroup]) -> list[RunGroup]:
     return [group for group in groups if group.label not in TASKS]
 
 
-def _detail(groups: list[Group], name: str) -> TextTable:
+def _detail(groups: list[RunGroup], name: str) -> TextTable:
     setting = groups[0].setting
     header = ["dataset", "paper, %", "ours, %", "spread", "runs", "delta"]
     rows = [
@@ -50,7 +50,7 @@ def _detail(groups: list[Group], name: str) -> TextTable:
     return TextTable(title=name, header=header, rows=rows, notes=tuple(notes))
 
 
-def notes_of(groups: Sequence[Group]) -> list[str]:
+def notes_of(groups: Sequence[RunGroup]) -> list[str]:
     """Return what a reader should know of groups of one setting: remarks, and recipes' notes."""
     remarks: dict[str, list[str]] = {}
     for group in groups:
@@ -66,7 +66,7 @@ def notes_of(groups: Sequence[Group]) -> list[str]:
     return notes
 
 
-def overview(groups: Sequence[Group], names: dict[Setting, str]) -> TextTable:
+def overview(groups: Sequence[RunGroup], names: dict[Setting, str]) -> TextTable:
     """Return the layout of the paper, rounded as there: a line for each method, ours below it."""
     rows, method = [], ""
     for setting, found in by_setting(_without_vtab(groups)).items():
@@ -79,20 +79,13 @@ def overview(groups: Sequence[Group], names: dict[Setting, str]) -> TextTable:
         for group in found:
             # Other images or another version's recipe under one name: both are shown.
             before = f"{cells[group.label]} / " if group.label in cells else ""
-            cells[group.label] = before + _cell(group)
+            cells[group.label] = before + with_spread(group.mean, group.spread)
         if cells.keys() & set(LABELS):
             line = [cells.get(label, NONE) for label in LABELS]
-            counts = sorted({len(group.runs) for group in found})
-            runs = "-".join(map(str, counts[:: max(len(counts) - 1, 1)]))
+            runs = span(len(group.runs) for group in found)
             rows.append([names[setting], *line, formatted(average(found), ".1f"), runs])
     header = ["method", *LABELS, "average", "runs"]
     return TextTable(title="Table 1, top-1 accuracy in percent", header=header, rows=rows)
-
-
-def _cell(group: Group) -> str:
-    if group.spread is None:
-        return f"{group.mean:.1f}"
-    return f"{group.mean:.1f} \N{PLUS-MINUS SIGN} {group.spread:.1f}"
 
 
 def whole_table1() -> TextTable:
@@ -103,7 +96,15 @@ def whole_table1() -> TextTable:
     return TextTable(title="The published table", header=header, rows=rows, text_columns=2)
 
 
-def times(groups: Sequence[Group], names: dict[Setting, str]) -> TextTable:
+TIMES = {
+    "seconds_per_epoch": ".3g",
+    "seconds_per_evaluation": ".3g",
+    "images_per_second": ",.0f",
+    "pipeline_images_per_second": ",.0f",
+}
+
+
+def times(groups: Sequence[RunGroup], names: dict[Setting, str]) -> TextTable:
     """Return how long an epoch and an evaluation take: medians over runs on one kind of device."""
     rows = []
     for group in groups:
@@ -112,18 +113,11 @@ def times(groups: Sequence[Group], names: dict[Setting, str]) -> TextTable:
             if run.result is not None:
                 devices.setdefault(run.devices, []).append(run.result)
         for device, results in devices.items():
-            values = [
-                statistics.median(result[name] for result in results)
-                for name in (
-                    "seconds_per_epoch",
-                    "seconds_per_evaluation",
-                    "images_per_second",
-                    "pipeline_images_per_second",
-                )
+            cells = [
+                format(statistics.median(result[name] for result in results), how)
+                for name, how in TIMES.items()
             ]
-            cells = [f"{values[0]:.3g}", f"{values[1]:.3g}", f"{values[2]:,.0f}",
-                     f"{values[3]:,.0f}", str(len(results))]  # fmt: skip
-            rows.append([names[group.setting], group.label, device, *cells])
+            rows.append([names[group.setting], group.label, device, *cells, str(len(results))])
     header = ["setting", "dataset", "device", "training epoch, s", "evaluation, s",
               "training, images/s", "input alone, images/s", "runs"]  # fmt: skip
     return TextTable(title="Time", header=header, rows=rows, text_columns=3)
@@ -131,9 +125,8 @@ def times(groups: Sequence[Group], names: dict[Setting, str]) -> TextTable:
 
 def settings_table(names: dict[Setting, str]) -> TextTable:
     """Return what each setting is."""
-    header = [field.name for field in fields(Setting)]
     rows = [[*list(asdict(setting).values())[:-1], setting.changes or "none"] for setting in names]
-    return TextTable(title="Settings", header=header, rows=rows, text_columns=len(header))
+    return TextTable(title="Settings", header=SETTING, rows=rows, text_columns=len(SETTING))
 
 
 def problems_table(problems: Sequence[Problem]) -> TextTable:
@@ -142,25 +135,16 @@ def problems_table(problems: Sequence[Problem]) -> TextTable:
     return TextTable(title="Not counted", header=["folder", "why"], rows=rows, text_columns=2)
 
 
-def table1_csv(groups: Sequence[Group]) -> str:
-    """Return every group with its setting as comma-separated values; nothing is rounded.
-
-    VTAB-1k has files of its own.
-    """
-    header = ["dataset", *(field.name for field in fields(Setting)), "paper_percent",
-              "mean_percent", "spread_points", "runs", "difference_points", "seeds",
-              "accuracies_percent", "epochs_chosen", "folders"]  # fmt: skip
+def table1_csv(groups: Sequence[RunGroup]) -> str:
+    """Return every group but those of VTAB-1k as comma-separated values; nothing is rounded."""
+    header = ["dataset", *SETTING, "paper_percent", "mean_percent", "spread_points", "runs",
+              "difference_points", "seeds", "accuracies_percent", "epochs_chosen",
+              "folders"]  # fmt: skip
     rows = []
     for group in _without_vtab(groups):
-        results = [run.result for run in group.runs if run.result]
-        values = (group.paper, group.mean, group.spread, len(results), group.delta)
-        rows.append([
-            group.label,
-            *asdict(group.setting).values(),
-            *("" if value is None else value for value in values),
-            " ".join(str(run.seed) for run in group.runs),
-            " ".join(map(str, group.accuracies)),
-            " ".join(str(result["epoch"]) for result in results),
-            " ; ".join(str(run.folder) for run in group.runs),
-        ])  # fmt: skip
+        seeds, accuracies, folders = group.listed
+        epochs = " ".join(str(run.result["epoch"]) for run in group.runs if run.result)
+        values = (group.paper, group.mean, group.spread, len(group.runs), group.delta)
+        setting = asdict(group.setting).values()
+        rows.append([group.label, *setting, *values, seeds, accuracies, epochs, folders])
     return to_csv(header, rows)

@@ -2,13 +2,13 @@
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 from ..data.vtab_tasks import GROUPS, TASKS, GroupName
-from .groups import Group, Setting, by_setting
+from .groups import SETTING, RunGroup, Setting, by_setting
 from .paper import ROWS, published_mean, table2, vpt_value
 from .table1 import notes_of
-from .tables import NONE, TextTable, formatted, to_csv
+from .tables import NONE, TextTable, formatted, span, to_csv, with_spread
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +17,7 @@ class GroupMean:
 
     name: GroupName
     method: str
-    tasks: tuple[Group, ...]
+    tasks: tuple[RunGroup, ...]
     """Those with runs, in the order of the benchmark."""
 
     @property
@@ -67,29 +67,25 @@ class GroupMean:
     @property
     def runs(self) -> str:
         """How many runs a task has; from fewest to most."""
-        return _span(len(task.runs) for task in self.tasks)
+        return span(len(task.runs) for task in self.tasks)
 
 
-def is_vtab(group: Group) -> bool:
+def is_vtab(group: RunGroup) -> bool:
     """Tell whether a group of runs is of a task of VTAB-1k."""
     return group.label in TASKS
 
 
-def means_of(groups: Sequence[Group]) -> list[GroupMean]:
+def means_of(groups: Sequence[RunGroup]) -> list[GroupMean]:
     """Return the groups of tasks of one setting that have any run."""
     found = []
     for name, tasks in GROUPS.items():
-        there = tuple(sorted((g for g in groups if g.label in tasks), key=_place))
+        there = tuple(group for group in groups if group.label in tasks)
         if there:
             found.append(GroupMean(name=name, method=there[0].setting.method, tasks=there))
     return found
 
 
-def _place(group: Group) -> int:
-    return list(TASKS).index(group.label)
-
-
-def overview_vtab(groups: Sequence[Group], names: dict[Setting, str]) -> TextTable:
+def overview_vtab(groups: Sequence[RunGroup], names: dict[Setting, str]) -> TextTable:
     """Return the layout of Table 2: a line for each method, ours below it with differences."""
     rows, notes, method = [], [], ""
     for setting, found in by_setting(filter(is_vtab, groups)).items():
@@ -101,7 +97,7 @@ def overview_vtab(groups: Sequence[Group], names: dict[Setting, str]) -> TextTab
         means = {mean.name: mean for mean in means_of(found)}
         cells = [_cell(means.get(name), name) for name in GROUPS]
         deltas = [formatted(means[n].delta if n in means else None, "+.1f") for n in GROUPS]
-        runs = _span(len(group.runs) for group in found)
+        runs = span(len(group.runs) for group in found)
         rows.append([names[setting], *cells, *deltas, runs])
         notes += [f"{names[setting]}: {text}" for text in _gaps(means.values())]
     header = ["method", *GROUPS, *(f"delta {name}" for name in GROUPS), "runs"]
@@ -115,8 +111,7 @@ def _cell(mean: GroupMean | None, name: GroupName) -> str:
         return f"0 of {count} tasks"
     if mean.mean is None:
         return f"{count - len(mean.missing)} of {count} tasks"
-    spread = "" if mean.spread is None else f" \N{PLUS-MINUS SIGN} {mean.spread:.1f}"
-    return f"{mean.mean:.1f}{spread}"
+    return with_spread(mean.mean, mean.spread)
 
 
 def _gaps(means: Iterable[GroupMean]) -> list[str]:
@@ -133,13 +128,13 @@ def _gaps(means: Iterable[GroupMean]) -> list[str]:
     return told
 
 
-def details_vtab(groups: Sequence[Group], names: dict[Setting, str]) -> list[TextTable]:
+def details_vtab(groups: Sequence[RunGroup], names: dict[Setting, str]) -> list[TextTable]:
     """Return a table a setting: every task, and the means of the groups beside the paper's."""
     found = by_setting(filter(is_vtab, groups))
     return [_detail(tasks, names[setting]) for setting, tasks in found.items()]
 
 
-def _detail(groups: Sequence[Group], name: str) -> TextTable:
+def _detail(groups: Sequence[RunGroup], name: str) -> TextTable:
     rows = []
     for mean in means_of(groups):
         for task in mean.tasks:
@@ -167,52 +162,28 @@ def whole_table2() -> TextTable:
     return TextTable(title="The published Table 2", header=["method", *GROUPS], rows=rows)
 
 
-SETTING = [field.name for field in fields(Setting)]
-
-
-def table2_csv(groups: Sequence[Group]) -> str:
+def table2_csv(groups: Sequence[RunGroup]) -> str:
     """Return the group means as comma-separated values; nothing is rounded."""
     header = ["group", *SETTING, "paper_percent", "mean_percent", "spread_points",
               "difference_points", "tasks", "missing", "runs", "seeds"]  # fmt: skip
     rows = []
     for setting, found in by_setting(filter(is_vtab, groups)).items():
         for mean in means_of(found):
-            values = (mean.paper, mean.mean, mean.spread, mean.delta)
-            seeds = sorted({run.seed for task in mean.tasks for run in task.runs})
-            rows.append([
-                mean.name,
-                *asdict(setting).values(),
-                *("" if value is None else value for value in values),
-                len(mean.tasks),
-                "; ".join(mean.missing),
-                mean.runs,
-                " ".join(map(str, seeds)),
-            ])  # fmt: skip
+            values = (mean.paper, mean.mean, mean.spread, mean.delta, len(mean.tasks))
+            seeds = " ".join(map(str, sorted({r.seed for task in mean.tasks for r in task.runs})))
+            told = ("; ".join(mean.missing), mean.runs, seeds)
+            rows.append([mean.name, *asdict(setting).values(), *values, *told])
     return to_csv(header, rows)
 
 
-def tasks_csv(groups: Sequence[Group]) -> str:
+def tasks_csv(groups: Sequence[RunGroup]) -> str:
     """Return the tasks as comma-separated values; nothing is rounded."""
     header = ["task", "group", "images", *SETTING, "vpt_percent", "mean_percent", "spread_points",
               "runs", "seeds", "accuracies_percent", "folders"]  # fmt: skip
     rows = []
     for group in filter(is_vtab, groups):
-        values = (vpt_value(group.setting.method, group.label), group.mean, group.spread)
-        rows.append([
-            group.label,
-            TASKS[group.label].group,
-            group.source,
-            *asdict(group.setting).values(),
-            *("" if value is None else value for value in values),
-            len(group.runs),
-            " ".join(str(run.seed) for run in group.runs),
-            " ".join(map(str, group.accuracies)),
-            " ; ".join(str(run.folder) for run in group.runs),
-        ])  # fmt: skip
+        setting, task = group.setting, TASKS[group.label]
+        values = (vpt_value(setting.method, group.label), group.mean, group.spread)
+        named = (group.label, task.group, group.source, *asdict(setting).values())
+        rows.append([*named, *values, len(group.runs), *group.listed])
     return to_csv(header, rows)
-
-
-def _span(counts: Iterable[int]) -> str:
-    """Return one number, or the fewest and the most."""
-    found = sorted(set(counts))
-    return "-".join(map(str, found[:: max(len(found) - 1, 1)]))

@@ -30,6 +30,17 @@ def formatted(value: float | None, how: str) -> str:
     return NONE if value is None else format(value, how)
 
 
+def with_spread(mean: float, spread: float | None) -> str:
+    """Return a mean and, where there is one, its standard deviation, rounded as the paper does."""
+    return f"{mean:.1f}" if spread is None else f"{mean:.1f} \N{PLUS-MINUS SIGN} {spread:.1f}"
+
+
+def span(counts: Iterable[int]) -> str:
+    """Return one number, or the fewest and the most."""
+    found = sorted(set(counts))
+    return "-".join(map(str, found[:: max(len(found) - 1, 1)]))
+
+
 def to_markdown(shown: TextTable) -> str:
     """Return a table in Markdown, without title and notes."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in [shown.header, *shown.rows]]
@@ -38,7 +49,7 @@ def to_markdown(shown: TextTable) -> str:
 
 
 def to_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return comma-separated values."""
+    """Return comma-separated values; None is an empty one."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
