@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
-from ..cli import UsageError, choose_device, command, require
+from ..cli import UsageError, choose_device, command, output_folder, require
 from .harness.breakdown import add_up
 from .harness.case import StepCase
 from .harness.model import Runner, make_batch
@@ -102,13 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     names = ", ".join(map(repr, available))
     known = options.provider in available
     require(known, "--provider", repr(options.provider), f"one of {names}", "correct it")
-    try:
-        (options.output / TRACE).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"--output: got {options.output}, expected a folder that can be written "
-            f"({error.strerror}); choose another"
-        ) from None
+    with output_folder(options.output):
+        (options.output / TRACE).mkdir(exist_ok=True)
     case = StepCase(model=options.model, batch=options.batch, mode=options.mode, device=str(device))
     try:
         runner = Runner(case, available[options.provider])

@@ -4,7 +4,8 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,23 @@ def require_writable(path: Path, option: str = "--output") -> None:
         raise UsageError(
             f"{option}: got {path}, expected a file that can be written ({error.strerror}); "
             "choose another name"
+        ) from None
+
+
+@contextmanager
+def output_folder(folder: Path) -> Iterator[None]:
+    """Create a folder to write to, and say in one line if it, or a file in it, cannot be written.
+
+    Raises:
+        UsageError: so it is.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"--output: got {folder}, expected a folder that can be written ({error.strerror}); "
+            "make room or choose another"
         ) from None
 
 

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...cli import UsageError, command, require
+from ...cli import UsageError, command, output_folder, require
 from ..compare import THRESHOLD, RowChange, compared, hand_out, load_rows
 from ..harness.results import Row
 from .data import latest
@@ -64,16 +64,10 @@ def write(directory: Path, text: str, drawings: "Sequence[Drawing]") -> None:
     Raises:
         UsageError: that is not possible.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
+    with output_folder(directory):
         for drawing in drawings:
             (directory / f"{drawing.name}.png").write_bytes(drawing.png)
         (directory / "index.html").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(
-            f"--output: got {directory}, expected a folder that can be written ({error.strerror}); "
-            "choose another name"
-        ) from None
 
 
 @command("tcpa-bench report")

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import tcpa
 from tcpa.provenance import commit, device_name, has_changes, now, version
 
-from ...cli import UsageError
+from ...cli import UsageError, output_folder
 from ..engine.precision import fast_dtype
 from ..options.demo import DemoConfig, given
 from .training import BATCH_SIZE, DemoEpoch, DemoOutcome, DemoTask, run_tasks
@@ -99,19 +99,13 @@ class DemoOutput:
             UsageError: the folder holds other files, or cannot be written.
         """
         self.folder, self._metrics = folder, folder / METRICS
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        with output_folder(folder):
             if any(folder.iterdir()) and not self._is_of_a_demo():
                 raise UsageError(
                     f"--output: got {folder}, which holds other files, expected a new or empty "
                     "folder or one that an earlier demo made; choose another folder"
                 )
             self._metrics.write_text("", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(
-                f"--output: got {folder}, expected a folder that can be written "
-                f"({error.strerror}); choose another folder"
-            ) from None
         self.add("config", program=PROGRAM, **header)
 
     def add(self, kind: str, **record: object) -> None:

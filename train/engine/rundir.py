@@ -14,7 +14,7 @@ import torch
 import tcpa
 from tcpa import provenance
 
-from ...cli import UsageError
+from ...cli import UsageError, output_folder
 from ..storage import cannot_write, read_json
 from .distributed import World
 
@@ -67,14 +67,8 @@ def _held(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder until the end, however that comes."""
     path = folder / LOCK
     while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        with output_folder(folder):
             lock = path.open("ab")
-        except OSError as error:
-            raise UsageError(
-                f"--output: got {folder}, expected a folder that can be written "
-                f"({error.strerror}); choose another"
-            ) from None
         with lock:
             _lock(lock, folder)
             # Who held it before may have removed the file; a lock on that one holds nothing.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ...cli import UsageError, choose_device
+from ...cli import UsageError, choose_device, output_folder
 from ..options.inspect import InspectConfig
 from ..storage import replace_file
 
@@ -77,8 +77,7 @@ def prepare_output(folder: Path) -> None:
     Raises:
         UsageError: it holds something else, or cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with output_folder(folder):
         known = {PAGE, NUMBERS, FIGURES}
         others = sorted(path.name for path in folder.iterdir() if path.name not in known)
         if others or (any(folder.iterdir()) and not _is_ours(folder)):
@@ -91,8 +90,6 @@ def prepare_output(folder: Path) -> None:
         trial = folder / FIGURES / ".trial"
         trial.touch()
         trial.unlink()
-    except OSError as error:
-        raise _cannot_write(folder, error) from None
 
 
 def _is_ours(folder: Path) -> bool:
@@ -104,19 +101,10 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> None:
-    try:
+    with output_folder(folder):
         for name, data in files.items():
             replace_file(folder / name, data)
         for path in (folder / FIGURES).glob("*.png"):
             if f"{FIGURES}/{path.name}" not in files:
                 # Of an earlier inspection.
                 path.unlink()
-    except OSError as error:
-        raise _cannot_write(folder, error) from None
-
-
-def _cannot_write(folder: Path, error: OSError) -> UsageError:
-    return UsageError(
-        f"--output: got {folder}, expected a folder that can be written ({error.strerror}); make "
-        "room or choose another"
-    )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from ...cli import UsageError
+from ...cli import output_folder
 from ..options.run import ReportConfig
 from ..storage import replace_file
 from .document import RunsReport, html_page, markdown
@@ -41,15 +41,9 @@ def report(config: ReportConfig) -> None:
         "vtab.csv": tasks_csv(groups),
         "times.csv": to_csv(timing.header, timing.rows),
     }
-    try:
-        config.output.mkdir(parents=True, exist_ok=True)
+    with output_folder(config.output):
         for name, text in texts.items():
             replace_file(config.output / name, text.encode())
-    except OSError as error:
-        raise UsageError(
-            f"--output: got {config.output}, expected a folder that can be written "
-            f"({error.strerror}); make room or choose another"
-        ) from None
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     _print(console, found)
     console.print(f"{found.counted.partition(' (')[0]}; {config.output / 'report.html'}")

@@ -94,7 +94,7 @@ def test_every_row_is_tuned_on_folds_of_the_training_images():
         found = tune._RowsRecord(config, [], torch.device("cpu"))
         found.rows = tuned
         first, *others = sorted(config.weight_decays)
-        (rate, _), _ = found.best(row.name, [(rate, first) for rate in config.rates])
+        (rate, _), _ = found.best(row.name, [(rate, first) for rate in config.learning_rates])
         chosen, _ = found.best(row.name, [(rate, decay) for decay in (first, *others)])
         assert (record["learning_rate"], record["weight_decay"]) == chosen, row.name
 

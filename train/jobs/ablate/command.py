@@ -4,13 +4,12 @@ import os
 import shlex
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 from rich.console import Console
 
 from tcpa.inspect.style import to_png
 
-from ....cli import UsageError, choose_device, require
+from ....cli import UsageError, choose_device, output_folder, require
 from ...demo.session import provenance
 from ...engine.data import Splits
 from ...options.ablate import AblateConfig
@@ -49,7 +48,8 @@ def ablate(config: AblateConfig, splits: Splits | None = None) -> dict[str, list
                 one = replace(config, cells=(shown_name(name),), seeds=(seed,), print_jobs=False)
                 print(shlex.join([*PROGRAM, *arguments(one)]))
         return {}
-    _require_folder(config.output / config.recipe)
+    with output_folder(config.output / config.recipe):
+        pass
     runs, failures = train(config, settings, splits)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     found = {} if config.cells else _write(config, studies, runs, console)
@@ -60,16 +60,6 @@ def ablate(config: AblateConfig, splits: Splits | None = None) -> dict[str, list
             "same command again to go on with them"
         )
     return found
-
-
-def _require_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"--output: got {folder}, expected a folder that can be written ({error.strerror}); "
-            "choose another"
-        ) from None
 
 
 def _write(
