@@ -233,14 +233,8 @@ def rotate(attn: ModuleLike, heads: Tensor, rope: Tensor, patches: slice) -> Ten
 def finish_attention(block: ModuleLike, x: Tensor, normed: Tensor, heads: Tensor) -> Tensor:
     """Add the attention branch to the residual stream.
 
-    Args:
-        block: the timm block.
-        x: residual stream `[B, L, C]`.
-        normed: the input of the attention layer `[B, L, C]`, for layers with an output gate.
-        heads: attention output `[B, L, H, D]`.
-
-    Returns:
-        `[B, L, C]`.
+    `normed` is the input of the attention layer, for layers with an output gate; `heads` is the
+    attention's output `[B, L, H, D]`. Returns `[B, L, C]`.
     """
     attn = block.attn
     out = attn.norm(heads.flatten(-2)) if hasattr(attn, "norm") else heads.flatten(-2)

@@ -11,9 +11,10 @@ from . import vit
 from .checks import require, require_choice, require_int
 from .config import Savings
 from .dispatch import IMPLS, Impl
+from .forward import implementation_on
 from .methods.base import Choices, InputConfig, Normalization, PromptConfig, TuningConfig
 from .methods.heads import HeadTuning
-from .model import PromptedViT, implementation_on
+from .model import PromptedViT
 
 
 def wrap(

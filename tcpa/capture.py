@@ -8,8 +8,9 @@ dim, C width, W gate words.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -122,6 +123,48 @@ class Capture(Mapping[int, BlockRecord]):
             # Nothing in the model writes into the stream: views are enough.
             found.inputs = before.detach()[:, : self.num_tokens]
             found.outputs = after.detach()[:, : self.num_tokens]
+
+
+@contextmanager
+def capture(
+    model: Any,
+    *,
+    blocks: Sequence[int] | None = None,
+    queries: Sequence[int] | None = None,
+    attention: bool = True,
+    features: bool = False,
+) -> Iterator[Capture]:
+    """Record what the blocks of a model do, without changing the result.
+
+    with model.capture() as record: model(images) leaves in `record[block]` the gate and the
+    attention probabilities of that pass, computed from its own queries, keys and gate, prompts
+    included. A further pass replaces them.
+
+    Args:
+        blocks: which blocks, negative ones from the end; all by default.
+        queries: for which tokens; by default for all that a block computes. `model(images)`
+            computes in the last block only the tokens that the head reads,
+            `model.forward_features(images)` all of them.
+        attention: record probabilities, `[B, H, Q, L + P]` per block; False for the gates only.
+        features: record the tokens before and after each block too.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+        RuntimeError: another capture of this model is open, or the pass is compiled.
+    """
+    if model.recording is not None:
+        raise RuntimeError(
+            "capture: got a second one while the first is open, expected one at a time; leave "
+            "the first `with` block, or read its record"
+        )
+    depth = len(model.backbone.blocks)
+    model.recording = record = Capture(
+        depth, blocks=blocks, queries=queries, attention=attention, features=features
+    )
+    try:
+        yield record
+    finally:
+        model.recording = None
 
 
 COMPILED = (

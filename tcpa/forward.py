@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from . import vit
 from .block import BlockSettings, PromptKV, run_block
-from .methods.base import Match
+from .dispatch import Impl, autocast_dtype, choose_impl
+from .methods.modules import Match
 
 _log = logging.getLogger("tcpa")
 
@@ -182,6 +183,14 @@ def plain_features(model: Any, images: Tensor) -> Tensor:
         rows = head_rows(model) if index + 1 == len(ropes) else None
         x = run_block(block, x, settings, rope=rope, rows=rows)
     return backbone.forward_head(backbone.norm(x), pre_logits=True)
+
+
+def implementation_on(backbone: Any, impl: Impl) -> tuple[str, str]:
+    """Say what computes the attention on a backbone where it is now, and why; see `choose_impl`."""
+    weight = vit.input_weight(backbone)
+    dtype = autocast_dtype(weight.device) or weight.dtype
+    num_tokens = backbone.num_prefix_tokens + backbone.patch_embed.num_patches
+    return choose_impl(impl, weight.device, dtype=dtype, num_tokens=num_tokens)
 
 
 def _check_use(model: Any) -> None:

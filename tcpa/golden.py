@@ -7,7 +7,7 @@ whose stream never changes. `python -m tcpa.verify` is the command.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import timm
@@ -162,8 +162,7 @@ def _detached(value: Any) -> Any:
 
 def _selections(model: PromptedViT, images: Tensor) -> dict[str, np.ndarray]:
     """Return the selected entries of every token and layer in ascending order."""
-    config = model.config
-    assert isinstance(config, TCPAConfig)
+    config = cast(TCPAConfig, model.config)
     num_pool = (config.cls_pool_size, config.image_pool_size)
     lengths = (config.cls_prompt_length, config.image_prompt_length)
     found: dict[str, list[np.ndarray]] = {"cls_index": [], "image_index": []}

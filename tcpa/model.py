@@ -6,21 +6,20 @@ layers are called one by one (`forward.py`, `block.py`).
 Axes: B batch, L tokens, P prompt rows, C width, N blocks, W gate words.
 """
 
-import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import forward, vit
-from .capture import Capture
+from .capture import Capture, capture
 from .checks import require, require_bool, require_int, require_shape, require_tensor
 from .config import Savings
-from .dispatch import Impl, autocast_dtype, choose_impl
-from .methods.base import Choices, Fitted, InputPrompt, PromptSource, require_clusters
+from .dispatch import Impl
+from .methods.base import Choices
+from .methods.modules import Fitted, InputPrompt, PromptSource, require_clusters
 from .prompt_kv import PromptProjector
 from .saving import save_pretrained
 
@@ -28,14 +27,6 @@ MAX_EPOCH = 2**31
 
 _owners: "weakref.WeakValueDictionary[int, PromptedViT]" = weakref.WeakValueDictionary()
 """Which model has taken over the backbone of an id."""
-
-
-def implementation_on(backbone: Any, impl: Impl) -> tuple[str, str]:
-    """Say what computes the attention on a backbone where it is now, and why; see `choose_impl`."""
-    weight = vit.input_weight(backbone)
-    dtype = autocast_dtype(weight.device) or weight.dtype
-    num_tokens = backbone.num_prefix_tokens + backbone.patch_embed.num_patches
-    return choose_impl(impl, weight.device, dtype=dtype, num_tokens=num_tokens)
 
 
 def _to_weight_dtype(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -261,7 +252,7 @@ class PromptedViT(nn.Module):
 
         Ask under torch.autocast if the model runs under it.
         """
-        return implementation_on(self.backbone, self.impl)
+        return forward.implementation_on(self.backbone, self.impl)
 
     @property
     def prompt_source(self) -> PromptSource | None:
@@ -292,9 +283,7 @@ class PromptedViT(nn.Module):
         self._prepare_head()
         self.train(self.training)
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Save what was trained into a folder; see `tcpa.save_pretrained`."""
-        save_pretrained(self, directory)
+    save_pretrained = save_pretrained
 
     # Forward pass.
 
@@ -424,43 +413,4 @@ class PromptedViT(nn.Module):
             self.train(was_training)
         return [cast(Tensor, gate).expand(len(images), -1, -1) for gate in gates]
 
-    @contextmanager
-    def capture(
-        self,
-        *,
-        blocks: Sequence[int] | None = None,
-        queries: Sequence[int] | None = None,
-        attention: bool = True,
-        features: bool = False,
-    ) -> Iterator[Capture]:
-        """Record what the blocks do, without changing the result.
-
-        with model.capture() as record: model(images) leaves in `record[block]` the gate and the
-        attention probabilities of that pass, computed from its own queries, keys and gate, prompts
-        included. A further pass replaces them.
-
-        Args:
-            blocks: which blocks, negative ones from the end; all by default.
-            queries: for which tokens; by default for all that a block computes. `model(images)`
-                computes in the last block only the tokens that the head reads,
-                `model.forward_features(images)` all of them.
-            attention: record probabilities, `[B, H, Q, L + P]` per block; False for the gates only.
-            features: record the tokens before and after each block too.
-
-        Raises:
-            TypeError, ValueError: an argument does not fit.
-            RuntimeError: another capture of this model is open, or the pass is compiled.
-        """
-        if self.recording is not None:
-            raise RuntimeError(
-                "capture: got a second one while the first is open, expected one at a time; leave "
-                "the first `with` block, or read its record"
-            )
-        depth = len(self.backbone.blocks)
-        self.recording = record = Capture(
-            depth, blocks=blocks, queries=queries, attention=attention, features=features
-        )
-        try:
-            yield record
-        finally:
-            self.recording = None
+    capture = capture

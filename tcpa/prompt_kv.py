@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .block import PromptKV, key_value_parameters, prompt_keys_values, split_heads
 from .dispatch import autocast_dtype
-from .methods.base import PromptSource
+from .methods.modules import PromptSource
 from .vit import ModuleLike, frozen_layer_norm
 
 T = TypeVar("T")

@@ -36,7 +36,7 @@ class AdapterTuning(HeadTuning):
     def build(self, backbone: Any, choices: Choices) -> Modules:
         width = backbone.embed_dim
         hidden = max(width // self.reduction, 1)
-        made = (Adapter(width, hidden, zero_init=self.zero_init) for _ in backbone.blocks)
+        made = (Bottleneck(width, hidden, zero_init=self.zero_init) for _ in backbone.blocks)
         return {"adapters": nn.ModuleList(made)}
 
 
@@ -70,7 +70,7 @@ class AdaptFormerTuning(HeadTuning):
         return {"adapters": nn.ModuleList(made)}
 
 
-class Adapter(nn.Module):
+class Bottleneck(nn.Module):
     """A bottleneck of two linear layers for the tokens of one block.
 
     The values are kept in their own precision and used in that of the tokens.
@@ -108,7 +108,7 @@ class Adapter(nn.Module):
         return out
 
 
-class AdaptFormer(Adapter):
+class AdaptFormer(Bottleneck):
     """A bottleneck beside the MLP, with dropout in it, and scaled."""
 
     beside_mlp = True

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from .. import vit
 from ..checks import require, require_bool, require_choice, require_int
-from .base import Choices, Fitted, InputConfig, InputPrompt, Modules, require_one_head
+from .base import Choices, InputConfig, Modules, require_one_head
+from .modules import Fitted, InputPrompt
 from .vp import image_size, in_proportion, require_size
 
 MAPPINGS = ("head", "full", "frequency", "iterative", "semantic")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import require_int, require_number
-from .base import Choices, Modules, PromptConfig, PromptSource
+from .base import Choices, Modules, PromptConfig
+from .modules import PromptSource
 from .vpt import drop_elements, init_tokens
 
 TEMPERATURES = (0.01, 10.0)

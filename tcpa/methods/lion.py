@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from .. import vit
 from ..checks import require, require_int, require_number
-from .base import Choices, InputConfig, InputPrompt, Modules, require_one_head
+from .base import Choices, InputConfig, Modules, require_one_head
+from .modules import InputPrompt
 
 GRID = 8
 """Side of the averaged image that the prompt of the feature is made from."""

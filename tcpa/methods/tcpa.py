@@ -16,7 +16,9 @@ from ..checks import require, require_bool, require_choice, require_int, require
 from ..dispatch import Impl
 from ..ops import match_prompts_unchecked, norm_match_unchecked
 from ..reference import random_gate, role_gate
-from .base import Choices, Match, Modules, PromptConfig, PromptSource
+from .base import Choices, Modules, PromptConfig
+from .modules import Match, PromptSource
+from .tcpa_options import ConvImagePrompt, SimAM, ValueAffine
 from .vpt import drop_elements, fourier_transform
 
 _log = logging.getLogger("tcpa")
@@ -117,13 +119,9 @@ class TCPAConfig(PromptConfig):
         for pool in ("cls", "image"):
             size, top_k = getattr(self, f"{pool}_pool_size"), getattr(self, f"{pool}_top_k")
             require_int(f"{pool}_top_k", top_k, 0)
-            require(
-                top_k <= size or self.coordination == "role" or size == 0,
-                f"{pool}_top_k",
-                top_k,
-                f"at most {pool}_pool_size={size}",
-                "lower the top-k or enlarge the pool",
-            )
+            fits = top_k <= size or self.coordination == "role" or size == 0
+            bound, remedy = f"at most {pool}_pool_size={size}", "lower it or enlarge the pool"
+            require(fits, f"{pool}_top_k", top_k, bound, remedy)
         require_choice("coordination", self.coordination, ("token", "role"))
         require_choice("selection", self.selection, ("nearest", "farthest"))
         require_choice("normalize_over", self.normalize_over, ("all", "visible"))
@@ -188,14 +186,10 @@ class TCPAConfig(PromptConfig):
         return self.replace(cls_pool_size=0, cls_top_k=0)
 
     def resized(self, rows: int) -> Self:
-        half = rows // 2
-        return self.replace(
-            cls_pool_size=half,
-            image_pool_size=rows - half,
-            cls_top_k=min(self.cls_top_k, half),
-            image_top_k=min(self.image_top_k, rows - half),
-            prompt_dropout=0.0,
-        )
+        sizes = {"cls": rows // 2, "image": rows - rows // 2}
+        pools = {f"{pool}_pool_size": size for pool, size in sizes.items()}
+        top_k = {f"{p}_top_k": min(getattr(self, f"{p}_top_k"), n) for p, n in sizes.items()}
+        return self.replace(**pools, **top_k, prompt_dropout=0.0)
 
     def build(self, backbone: Any, choices: Choices) -> Modules:
         made: Modules = {"pools": PromptPools(self, backbone)}
@@ -208,14 +202,8 @@ class TCPAConfig(PromptConfig):
 
     @classmethod
     def official(cls, dataset: str) -> Self:
-        """Return the settings of the official script of an HTA dataset.
-
-        Args:
-            dataset: one of `HTA_DATASETS`, the official names.
-
-        Source:
-            The scripts sh/VFPT_TCPA_*.sh of the official repository.
-        """
+        """Return the settings of the official script, sh/VFPT_TCPA_*.sh, of one of
+        `HTA_DATASETS`."""
         require_choice("dataset", dataset, HTA_DATASETS)
         pool = 16 if dataset == "stanford_dogs" else 18
         return cls(cls_pool_size=pool, image_pool_size=pool, image_prompt=dataset == "cub")
@@ -224,9 +212,8 @@ class TCPAConfig(PromptConfig):
     def paper(cls) -> Self:
         """Return the settings that the paper states: VPT + TCPA, N_c = 10, N_i = 20, lambda = 0.5.
 
-        The paper gives no K (the scripts' 10 is kept, so that prefix tokens see their whole pool),
-        and mentions neither dropout nor random selection (both off). Its Eq. 10 taken literally
-        would be `selection="farthest"`; the text means the nearest.
+        It gives no K (the scripts' 10 is kept: prefix tokens see their whole pool), neither dropout
+        nor random selection (both off). Eq. 10 taken literally would be `selection="farthest"`.
         """
         return cls(
             cls_pool_size=10,
@@ -239,10 +226,8 @@ class TCPAConfig(PromptConfig):
 
 
 class PromptPools(PromptSource):
-    """The CLS pool and the image pool of every block: keys to match, prompts to attend to.
-
-    All values start from U(-1, 1), as in the official code.
-    """
+    """The CLS pool and the image pool of every block: keys to match, prompts to attend to, all of
+    which start from U(-1, 1)."""
 
     selects = True
 
@@ -312,58 +297,3 @@ class PromptPools(PromptSource):
         affine = norm.weight, norm.bias, norm.eps
         normed, gate, distance = norm_match_unchecked(x, *affine, *keys, **options)
         return Match(gate, distance, normed)
-
-
-class ValueAffine(nn.Module):
-    """Scale and shift the values of every prompt row, shared by all blocks (official flag ADVP)."""
-
-    def __init__(self, num_prompts: int, backbone: Any) -> None:
-        super().__init__()
-        attn = backbone.blocks[0].attn
-        width = attn.num_heads * attn.head_dim
-        self.scale = nn.Parameter(torch.empty(1, num_prompts, width))
-        self.shift = nn.Parameter(torch.empty(1, num_prompts, width))
-        # Near the identity: 1 + 0.1 z and 0.1 z with Kaiming-normal z.
-        for parameter, offset in ((self.scale, 1.0), (self.shift, 0.0)):
-            if parameter.numel():
-                nn.init.kaiming_normal_(parameter, nonlinearity="relu")
-            with torch.no_grad():
-                parameter.mul_(0.1).add_(offset)
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Map prompt values `[P, H, D]` or `[B, P, H, D]`."""
-        heads = values.shape[-2:]
-        scale, shift = self.scale[0].unflatten(-1, heads), self.shift[0].unflatten(-1, heads)
-        return (values * scale + shift).to(values.dtype)
-
-
-class ConvImagePrompt(nn.Module):
-    """Add a learned residual to the normalised image: 11 x 11 convolutions 3 -> 9 -> 3 with
-    PReLU."""
-
-    def __init__(self, channels: int = 3, hidden: int = 9, kernel_size: int = 11) -> None:
-        super().__init__()
-        self.expand = nn.Conv2d(channels, hidden, kernel_size, padding="same")
-        self.activation = nn.PReLU()
-        self.contract = nn.Conv2d(hidden, channels, kernel_size, padding="same")
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images `[B, 3, height, width]`."""
-        # The convolutions stay in float32 when frozen weights and images are in less.
-        x = images.to(self.expand.weight.dtype)
-        return images + self.contract(self.activation(self.expand(x))).to(images.dtype)
-
-
-class SimAM(nn.Module):
-    """Weight every pixel by a parameter-free attention over its channel (SimAM, ICML 2021)."""
-
-    def __init__(self, regularizer: float = 1e-3) -> None:
-        super().__init__()
-        self.regularizer = regularizer
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images `[B, 3, height, width]`."""
-        deviation = (images - images.mean(dim=(-2, -1), keepdim=True)).square()
-        pixels = images.shape[-2] * images.shape[-1]
-        variance = deviation.sum(dim=(-2, -1), keepdim=True) / (pixels - 1)
-        return images * torch.sigmoid(deviation / (4 * (variance + self.regularizer)) + 0.5)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .. import vit
 from ..checks import require, require_int
-from .base import Choices, InputConfig, InputPrompt, Modules
+from .base import Choices, InputConfig, Modules
+from .modules import InputPrompt
 
 REFERENCE_SIDE = 224
 """Side of the images, pixels, for which the papers state their sizes."""

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import require, require_bool, require_choice, require_int, require_number
-from .base import Choices, Modules, PromptConfig, PromptSource
+from .base import Choices, Modules, PromptConfig
+from .modules import PromptSource
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
