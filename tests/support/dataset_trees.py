@@ -39,7 +39,17 @@ def write_tree(
         `root`.
     """
     root.mkdir(parents=True, exist_ok=True)
-    _WRITERS[name](root, classes, per_class, size, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Path, label: int, number: int) -> tuple[int, int]:
+        """Photos have many shapes: lying, standing, and a little larger."""
+        width, height = size
+        shape = (width, height) if number % 3 else (height, width + number % 5)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(rng, label, shape).save(path, quality=95)
+        return shape
+
+    _WRITERS[name](root, classes, per_class, draw, rng)
     return root
 
 
@@ -51,18 +61,7 @@ def picture(rng: np.random.Generator, label: int, size: tuple[int, int]) -> Imag
     return Image.fromarray((base + noise).clip(0, 255).astype(np.uint8))
 
 
-def _save(path: Path, rng: np.random.Generator, label: int, size: tuple[int, int]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture(rng, label, size).save(path, quality=95)
-
-
-def _varied(size: tuple[int, int], number: int) -> tuple[int, int]:
-    """Photos have many shapes: lying, standing, and a little larger."""
-    width, height = size
-    return (width, height) if number % 3 else (height, width + number % 5)
-
-
-def _dtd(root, classes, per_class, size, rng) -> None:
+def _dtd(root, classes, per_class, draw, rng) -> None:
     folder = root / "DTD/dtd/dtd"
     (folder / "labels").mkdir(parents=True)
     titles = [f"texture{label}" for label in range(classes)]
@@ -71,19 +70,19 @@ def _dtd(root, classes, per_class, size, rng) -> None:
         for label, title in enumerate(titles):
             for count in range(per_class):
                 name = f"{title}/{title}_{number * per_class + count:04d}.jpg"
-                _save(folder / "images" / name, rng, label, _varied(size, count))
+                draw(folder / "images" / name, label, count)
                 lines.append(name)
         (folder / f"labels/{split}1.txt").write_text("\n".join(lines) + "\n")
 
 
-def _birds(folder, classes, per_class, size, rng, ids, titles, number_images) -> None:
+def _birds(folder, classes, per_class, draw, rng, ids, titles, number_images) -> None:
     """CUB and NABirds differ in how images and classes are numbered."""
     folder.mkdir(parents=True)
     images, labels, training = [], [], []
     for label in range(classes):
         for count in range(2 * per_class):
             key, name = number_images(label, count, len(images))
-            _save(folder / "images" / name, rng, label, _varied(size, count))
+            draw(folder / "images" / name, label, count)
             images.append(f"{key} {name}")
             labels.append(f"{key} {ids[label]}")
             training.append(f"{key} {int(count < per_class)}")
@@ -94,17 +93,17 @@ def _birds(folder, classes, per_class, size, rng, ids, titles, number_images) ->
     (folder / "classes.txt").write_text("\n".join(lines) + "\n")
 
 
-def _cub(root, classes, per_class, size, rng) -> None:
+def _cub(root, classes, per_class, draw, rng) -> None:
     titles = [f"{label + 1:03d}.Bird_{chr(122 - label % 26)}" for label in range(classes)]
 
     def number_images(label: int, count: int, images: int) -> tuple[str, str]:
         return str(images + 1), f"{titles[label]}/{titles[label][4:]}_{count:04d}_{images}.jpg"
 
     ids = [str(label + 1) for label in range(classes)]
-    _birds(root / "CUB_200_2011", classes, per_class, size, rng, ids, titles, number_images)
+    _birds(root / "CUB_200_2011", classes, per_class, draw, rng, ids, titles, number_images)
 
 
-def _nabirds(root, classes, per_class, size, rng) -> None:
+def _nabirds(root, classes, per_class, draw, rng) -> None:
     # Ids with gaps, and not of one length: sorted as text they would be in another order.
     ids = [str(98 + 3 * label) for label in range(classes)]
 
@@ -113,7 +112,7 @@ def _nabirds(root, classes, per_class, size, rng) -> None:
         return key, f"{int(ids[label]):04d}/{key.replace('-', '')}.jpg"
 
     titles = [f"Common Bird {label}" for label in range(classes)]
-    _birds(root / "nabirds", classes, per_class, size, rng, ids, titles, number_images)
+    _birds(root / "nabirds", classes, per_class, draw, rng, ids, titles, number_images)
 
 
 def _cells(texts: list[str]) -> np.ndarray:
@@ -122,7 +121,7 @@ def _cells(texts: list[str]) -> np.ndarray:
     return cells
 
 
-def _dogs(root, classes, per_class, size, rng) -> None:
+def _dogs(root, classes, per_class, draw, rng) -> None:
     folder = root / "stanford_dogs"
     folder.mkdir()
     names: dict[str, list[str]] = {"train": [], "test": []}
@@ -132,7 +131,7 @@ def _dogs(root, classes, per_class, size, rng) -> None:
         for count in range(2 * per_class):
             part = "train" if count < per_class else "test"
             name = f"{kind}-Dog_{label}/{kind}_{count}.jpg"
-            _save(folder / "Images" / name, rng, label, _varied(size, count))
+            draw(folder / "Images" / name, label, count)
             names[part].append(name)
             labels[part].append(label + 1)
     for part in names:
@@ -144,7 +143,7 @@ def _dogs(root, classes, per_class, size, rng) -> None:
         savemat(folder / f"{part}_list.mat", content)
 
 
-def _flowers(root, classes, per_class, size, rng) -> None:
+def _flowers(root, classes, per_class, draw, rng) -> None:
     folder = root / "102flowers"
     folder.mkdir()
     parts, labels = [], []
@@ -152,7 +151,7 @@ def _flowers(root, classes, per_class, size, rng) -> None:
         for count in range(3 * per_class):
             labels.append(label + 1)
             parts.append(count % 3)
-            _save(folder / f"jpg/image_{len(labels):05d}.jpg", rng, label, _varied(size, count))
+            draw(folder / f"jpg/image_{len(labels):05d}.jpg", label, count)
     ids = np.arange(1, len(labels) + 1)[None]
     part = np.array(parts)[None]
     sets = {"trnid": ids[part == 0], "valid": ids[part == 1], "tstid": ids[part == 2]}
@@ -160,7 +159,7 @@ def _flowers(root, classes, per_class, size, rng) -> None:
     savemat(folder / "imagelabels.mat", {"labels": np.array(labels, np.uint8)[None]})
 
 
-def _food(root, classes, per_class, size, rng) -> None:
+def _food(root, classes, per_class, draw, rng) -> None:
     folder = root / "Food101/food-101"
     (folder / "meta").mkdir(parents=True)
     # Not in the order of the alphabet, as nothing promises that.
@@ -171,11 +170,11 @@ def _food(root, classes, per_class, size, rng) -> None:
             offset = 0 if part == "train" else per_class
             members[title] = [f"{title}/{offset + count}" for count in range(per_class)]
             for count, name in enumerate(members[title]):
-                _save(folder / f"images/{name}.jpg", rng, label, _varied(size, count))
+                draw(folder / f"images/{name}.jpg", label, count)
         (folder / f"meta/{part}.json").write_text(json.dumps(members))
 
 
-def _gtsrb(root, classes, per_class, size, rng) -> None:
+def _gtsrb(root, classes, per_class, draw, rng) -> None:
     folder = root / "GTSRB/gtsrb"
     for label in range(classes):
         of_class = folder / f"GTSRB/Training/{label:05d}"
@@ -183,15 +182,14 @@ def _gtsrb(root, classes, per_class, size, rng) -> None:
         for count in range(per_class):
             # Three pictures of each physical sign.
             name = f"{count // 3:05d}_{count % 3:05d}.ppm"
-            width, height = _varied(size, count)
-            _save(of_class / name, rng, label, (width, height))
+            width, height = draw(of_class / name, label, count)
             rows.append(f"{name};{width};{height};5;5;{width - 5};{height - 5};{label}")
         (of_class / f"GT-{label:05d}.csv").write_text("\n".join(rows) + "\n")
     rows = ["Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"]
     for number in range(classes * per_class):
         label = number * 7 % classes
-        width, height = _varied(size, number)
-        _save(folder / f"GTSRB/Final_Test/Images/{number:05d}.ppm", rng, label, (width, height))
+        path = folder / f"GTSRB/Final_Test/Images/{number:05d}.ppm"
+        width, height = draw(path, label, number)
         rows.append(f"{number:05d}.ppm;{width};{height};5;5;{width - 5};{height - 5};{label}")
     (folder / "GT-final_test.csv").write_text("\n".join(rows) + "\n")
 
@@ -204,7 +202,7 @@ def _mixed(rng, classes: int, per_class: int) -> list[int]:
     return rng.permutation(np.repeat(np.arange(classes), per_class)).tolist()
 
 
-def _svhn(root, classes, per_class, size, rng) -> None:
+def _svhn(root, classes, per_class, draw, rng) -> None:
     folder = root / "SVHN"
     folder.mkdir()
     for part in ("train", "test"):
@@ -243,7 +241,7 @@ def _write_cifar(path: Path, rng, labels: list[int], key: str) -> None:
     path.write_bytes(_pickled(content))
 
 
-def _cifar10(root, classes, per_class, size, rng) -> None:
+def _cifar10(root, classes, per_class, draw, rng) -> None:
     folder = root / "Cifar10/cifar-10-batches-py"
     folder.mkdir(parents=True)
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship"]
@@ -255,7 +253,7 @@ def _cifar10(root, classes, per_class, size, rng) -> None:
     _write_cifar(folder / "test_batch", rng, _mixed(rng, classes, per_class), "labels")
 
 
-def _cifar100(root, classes, per_class, size, rng) -> None:
+def _cifar100(root, classes, per_class, draw, rng) -> None:
     folder = root / "Cifar100/cifar-100-python"
     folder.mkdir(parents=True)
     meta = {"fine_label_names": [f"thing_{n:02d}" for n in range(classes)]}
@@ -265,13 +263,13 @@ def _cifar100(root, classes, per_class, size, rng) -> None:
         _write_cifar(folder / part, rng, _mixed(rng, classes, per_class), "fine_labels")
 
 
-def _folder(root, classes, per_class, size, rng) -> None:
+def _folder(root, classes, per_class, draw, rng) -> None:
     for part in ("train", "test"):
         for label in range(classes):
             for count in range(per_class):
                 kind = "png" if count % 2 else "jpg"
                 path = root / part / f"class {label}" / f"{part}{count}.{kind}"
-                _save(path, rng, label, _varied(size, count))
+                draw(path, label, count)
 
 
 def write_vpt_splits(name: str, root: Path, val: int = 1) -> Path:

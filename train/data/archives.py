@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -235,7 +235,7 @@ def _extract(
         )
 
 
-def _members(archive: Path) -> Iterator[tuple[str, int, int, Callable[[], IO[bytes]]]]:
+def _members(archive: Path) -> Generator[tuple[str, int, int, Callable[[], IO[bytes]]]]:
     """Yield name, bytes, type (S_IFREG, S_IFDIR or another) and how to open each member.
 
     Neither format can hold more than it announces: both readers stop at the size.

@@ -7,7 +7,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ...checks import did_you_mean
 from .annotations import require_folder, unusable
-from .pools import FilePool, Listing, index_labels
+from .listing import Labelled, Listing, list_files, train_then_val
 from .stratify import held_out
 
 SPLITS = ("train", "val", "test")
@@ -28,38 +28,30 @@ def read_own(root: Path) -> Listing:
     require_folder(root, "a folder with a folder for every class", "check --data")
     if (root / "train").is_dir():
         return _of_splits(root)
-    class_names = _class_names(root)
-    names = [name for title in class_names for name in _images(root, title)]
-    labels = _labels(names, class_names, root)
-    test = held_out(labels, names, TEST_SHARE)
-    keep = np.ones(len(names), bool)
-    keep[test] = False
-    rows = {"train": np.flatnonzero(keep), "test": test}
-    return Listing(
-        pools={part: FilePool(root, [names[row] for row in rows[part]], own=True) for part in rows},
-        labels={part: labels[rows[part]] for part in rows},
-        class_names=class_names,
-    )
+    images = [pair for title in _class_names(root) for pair in _images(root, title)]
+    names = [name for name, _ in images]
+    _, labels = np.unique([title for _, title in images], return_inverse=True)
+    test = set(held_out(labels, names, TEST_SHARE).tolist())
+    pooled: Labelled = {
+        part: [pair for row, pair in enumerate(images) if (row in test) == (part == "test")]
+        for part in ("train", "test")
+    }
+    return list_files(root, pooled, root, own=True)
 
 
 def _of_splits(root: Path) -> Listing:
     require_folder(root / "test", "the test images, as there is a folder train/", "add it")
     class_names = _class_names(root / "train")
-    names = {"val": []}
+    images: Labelled = {"val": []}
     for split in SPLITS:
         if (root / split).is_dir():
             of_split = class_names if split == "train" else _class_names(root / split)
             _require_known(root, split, of_split, class_names)
-            names[split] = [n for title in of_split for n in _images(root, f"{split}/{title}")]
-    pooled = {"train": names["train"] + names["val"], "test": names["test"]}
-    count, total = len(names["train"]), len(pooled["train"])
-    given = {"train": np.arange(count), "val": np.arange(count, total)} if names["val"] else {}
-    return Listing(
-        pools={part: FilePool(root, pooled[part], own=True) for part in pooled},
-        labels={part: _labels(pooled[part], class_names, root) for part in pooled},
-        class_names=class_names,
-        given=given,
-    )
+            images[split] = [pair for title in of_split for pair in _images(root, title, split)]
+    pooled: Labelled = {"train": images["train"] + images["val"], "test": images["test"]}
+    count, total = len(images["train"]), len(pooled["train"])
+    given = train_then_val(count, total) if images["val"] else {}
+    return list_files(root, pooled, root, own=True, given=given)
 
 
 def _require_known(root: Path, split: str, found: list[str], class_names: list[str]) -> None:
@@ -86,21 +78,15 @@ def _class_names(folder: Path) -> list[str]:
     return found
 
 
-def _images(root: Path, folder: str) -> list[str]:
+def _images(root: Path, title: str, split: str = "") -> list[tuple[str, str]]:
     """Return the images of a class, also those in folders below, sorted by name."""
+    folder = root / split / title
     found = sorted(
         path.relative_to(root).as_posix()
-        for path in (root / folder).rglob("*")
+        for path in folder.rglob("*")
         if path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
     )
     if not found:
         kinds = ", ".join(IMG_EXTENSIONS)
-        raise unusable(root / folder, "no image", f"files that end in {kinds}", "check the folder")
-    return found
-
-
-def _labels(names: list[str], class_names: list[str], root: Path) -> np.ndarray:
-    splits = SPLITS if (root / "train").is_dir() else ()
-    values = [name.split("/")[1 if name.split("/")[0] in splits else 0] for name in names]
-    classes = {name: label for label, name in enumerate(class_names)}
-    return index_labels(values, classes, names.__getitem__, root)
+        raise unusable(folder, "no image", f"files that end in {kinds}", "check the folder")
+    return [(name, title) for name in found]

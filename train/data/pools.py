@@ -4,16 +4,19 @@ import hashlib
 import os
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as transforms
 
 from ...cli import UsageError
-from .annotations import unusable
 
 UNREADABLE = (
     OSError,
@@ -91,6 +94,22 @@ class FilePool:
     def __init__(self, folder: Path, names: Sequence[str], *, own: bool = False) -> None:
         self.folder, self.names = folder, tuple(names)
         self._remedies = _OWN if own else _FETCHED
+        self._side: int | None = None
+
+    def squashed(self, side: int) -> "FilePool":
+        """Return a pool whose images a cache of the same side hands out as squares.
+
+        Bilinear without antialiasing and without regard to the aspect ratio, as TensorFlow's
+        `image.resize`, rounded to 8 bits. Square images that are no larger stay as they are: the
+        cache enlarges them, to the same pixels but for the rounding, and is many times smaller.
+        """
+        pool = copy(self)
+        pool._side = side
+        return pool
+
+    def _square(self, width: int, height: int) -> int | None:
+        """Return the side of the square that an image is to become; None if it stays."""
+        return None if self._side is None or width == height <= self._side else self._side
 
     def __len__(self) -> int:
         return len(self.names)
@@ -103,16 +122,20 @@ class FilePool:
 
     def size(self, index: int) -> tuple[int, int]:
         with self._opened(self.folder / self.names[index]) as picture:
-            return picture.size
+            size = picture.size
+        side = self._square(*size)
+        return (side, side) if side else size
 
     def load(self, index: int) -> Image.Image:
         """Decode a file as RGB; UsageError names one that is missing, no image or cut off."""
         path = self.folder / self.names[index]
         with self._opened(path) as picture:
             try:
-                return picture.convert("RGB")
+                picture = picture.convert("RGB")
             except UNREADABLE as error:
                 raise self._unreadable(path, error) from None
+        side = self._square(*picture.size)
+        return squash(picture, side) if side else picture
 
     def _opened(self, path: Path) -> Image.Image:
         try:
@@ -133,6 +156,7 @@ class FilePool:
 
     def stamps(self) -> list[str]:
         """Return name, bytes and time of change of every file; UsageError if one is missing."""
+        squashed = "" if self._side is None else ":squashed"
         found, missing = [], []
         for name in self.names:
             try:
@@ -140,7 +164,7 @@ class FilePool:
             except OSError:
                 missing.append(self.folder / name)
                 continue
-            found.append(f"{name}:{status.st_size}:{status.st_mtime_ns}")
+            found.append(f"{name}:{status.st_size}:{status.st_mtime_ns}{squashed}")
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise UsageError(
@@ -148,6 +172,15 @@ class FilePool:
                 f"that the dataset lists; {self._remedies.missing}"
             )
         return found
+
+
+def squash(picture: Image.Image, side: int) -> Image.Image:
+    """Resize an RGB image to `side` x `side` pixels, bilinear without antialiasing."""
+    planes = torch.from_numpy(np.array(picture).transpose(2, 0, 1))
+    # torchvision declares more than it takes; it rounds to 8 bits.
+    resize: Any = transforms.resize
+    squashed = resize(planes, [side, side], InterpolationMode.BILINEAR, antialias=False)
+    return Image.fromarray(squashed.permute(1, 2, 0).numpy())
 
 
 class ArrayPool:
@@ -205,47 +238,3 @@ class ArrayPool:
 def fingerprint(texts: Sequence[str]) -> str:
     """Return a short hash of texts in order, 16 hexadecimal digits."""
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Listing:
-    """What a folder holds.
-
-    `pools["train"]` has the official training images, val among them, `pools["test"]` the test
-    images; `labels` their int64 classes `[N]`.
-    """
-
-    pools: dict[str, Pool]
-    labels: dict[str, np.ndarray]
-    class_names: list[str]
-    given: dict[str, np.ndarray] = field(default_factory=dict)
-    """Split -> its rows of the pool, where the dataset itself or VPT's files say so."""
-
-    official_labels: dict[str, np.ndarray] = field(default_factory=dict)
-    """Split -> labels of those rows as the official code numbers them, where that differs."""
-
-    groups: list[str] | None = None
-    """For each training image, what it must not be torn apart from."""
-
-    from_vpt: bool = False
-    """Whether VPT's split files were there."""
-
-
-def index_labels(
-    values: Sequence, classes: dict, names: Callable[[int], str], listed_in: Path
-) -> np.ndarray:
-    """Map class ids to 0..C - 1.
-
-    Raises:
-        UsageError: an id that is no class; names the image and the file that says so.
-    """
-    labels = np.empty(len(values), np.int64)
-    for index, value in enumerate(values):
-        if value not in classes:
-            raise unusable(
-                listed_in,
-                f"the label {value!r} for {names(index)}",
-                f"one of the {len(classes)} classes of the dataset",
-            )
-        labels[index] = classes[value]
-    return labels

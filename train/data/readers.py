@@ -6,7 +6,7 @@ but the published one. Tests compare these readers with them.
 """
 
 import csv
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -21,48 +21,11 @@ from .annotations import (
     require_folder,
     unusable,
 )
-from .pools import ArrayPool, FilePool, Listing, Pool, index_labels, inside
-
-Labelled = dict[str, list[tuple[str, Hashable]]]
-"""train and test -> image names, each with its class as the dataset has it."""
+from .listing import Labelled, Listing, index_labels, list_files, train_then_val
+from .pools import ArrayPool, Pool, inside
 
 
-def _listing(
-    folder: Path,
-    images: Labelled,
-    source: Path,
-    *,
-    key: Callable | None = None,
-    titles: Callable = str,
-    **more,
-) -> Listing:
-    """List image files; the classes are those of the training images in the order of `key`.
-
-    Args:
-        source: the file that has the labels of the test images, for errors.
-        titles: class -> its name.
-    """
-    names = {part: [name for name, _ in images[part]] for part in images}
-    values = {part: [value for _, value in images[part]] for part in images}
-    used = sorted(set(values["train"]), key=key)
-    classes = {value: label for label, value in enumerate(used)}
-    return Listing(
-        pools={part: FilePool(folder, names[part]) for part in names},
-        labels={
-            part: index_labels(values[part], classes, names[part].__getitem__, source)
-            for part in names
-        },
-        class_names=[titles(value) for value in used],
-        **more,
-    )
-
-
-def _train_then_val(train: int, total: int) -> dict[str, np.ndarray]:
-    """Return the rows of train and val, where val follows train in one pool."""
-    return {"train": np.arange(train), "val": np.arange(train, total)}
-
-
-def _with_folders(names: Iterable[str]) -> list[tuple[str, Hashable]]:
+def _with_folders(names: Iterable[str]) -> list[tuple[str, str]]:
     """Return images whose class is the folder that they are in."""
     return [(name, name.split("/")[-2]) for name in names]
 
@@ -75,8 +38,8 @@ def read_dtd(folder: Path) -> Listing:
         lines = read_lines(path, "a list of image names")
         names[split] = _with_folders(inside(folder, f"images/{line}", path) for line in lines)
     images = {"train": names["train"] + names["val"], "test": names["test"]}
-    given = _train_then_val(len(names["train"]), len(images["train"]))
-    return _listing(folder, images, folder / "labels", given=given)
+    given = train_then_val(len(names["train"]), len(images["train"]))
+    return list_files(folder, images, folder / "labels", given=given)
 
 
 def read_food101(folder: Path) -> Listing:
@@ -92,7 +55,7 @@ def read_food101(folder: Path) -> Listing:
             for title, of_class in members.items()
             for name in of_class
         ]
-    return _listing(folder, images, folder / "meta" / "test.json")
+    return list_files(folder, images, folder / "meta" / "test.json")
 
 
 def read_gtsrb(folder: Path) -> Listing:
@@ -120,7 +83,7 @@ def read_gtsrb(folder: Path) -> Listing:
     groups = [name.rpartition("_")[0] for name, _ in train]
     titles = {number: name for name, number in classes.items()}
     images: Labelled = {"train": train, "test": test}
-    return _listing(folder, images, table, titles=titles.__getitem__, groups=groups)
+    return list_files(folder, images, table, titles=titles.__getitem__, groups=groups)
 
 
 def read_birds(folder: Path) -> Listing:
@@ -142,12 +105,12 @@ def read_birds(folder: Path) -> Listing:
         )
         for part, flag in (("train", "1"), ("test", "0"))
     }
-    return _listing(
+    return list_files(
         folder,
         images,
         folder / "image_class_labels.txt",
         key=partial(_number, path=folder / "classes.txt"),
-        titles=lambda value: titles.get(value, value),
+        titles=lambda value: titles.get(value, str(value)),
     )
 
 
@@ -166,7 +129,7 @@ def read_dogs(folder: Path) -> Listing:
             for name, label in zip(found, labels.ravel(), strict=True)
         )
     titles = {value: name.split("/")[-2] for name, value in images["train"]}
-    return _listing(folder, images, folder / "test_list.mat", titles=titles.__getitem__)
+    return list_files(folder, images, folder / "test_list.mat", titles=titles.__getitem__)
 
 
 def read_flowers(folder: Path) -> Listing:
@@ -186,12 +149,12 @@ def read_flowers(folder: Path) -> Listing:
             got = f"image numbers from {numbers.min()} to {numbers.max()}"
             raise unusable(path, got, f"1 to {len(labels)}, as imagelabels.mat has labels")
         images[part] = [(f"jpg/image_{n:05d}.jpg", int(labels[n - 1])) for n in numbers]
-    return _listing(
+    return list_files(
         folder,
         images,
         folder / "imagelabels.mat",
         titles=lambda value: Flowers102.classes[value - 1],
-        given=_train_then_val(len(train), len(train) + len(val)),
+        given=train_then_val(len(train), len(train) + len(val)),
     )
 
 

@@ -91,7 +91,7 @@ def _dataset(
     name: str, title: str, classes: int, counts: tuple[int, int, int], **settings: Any
 ) -> Dataset:
     """Return an entry; `counts` are of train, val and test, `honest` where those differ."""
-    splits = ("train", "val", "test")
+    splits: list[str] = ["train", "val", "test"]
     official = dict(zip(splits, counts, strict=True))
     honest = dict(zip(splits, settings.pop("honest", counts), strict=True))
     return Dataset(

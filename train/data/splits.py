@@ -11,8 +11,9 @@ import numpy as np
 
 from ...checks import did_you_mean
 from ...cli import UsageError, require
+from .listing import Listing
 from .own_folder import read_own
-from .pools import FilePool, Listing, Pool
+from .pools import FilePool, Pool
 from .readers import READERS
 from .registry import HTA, Dataset, Rule
 from .stratify import held_out

@@ -15,7 +15,8 @@ from ..options.data import VerifyConfig
 from .building import cache_key
 from .cache import DamagedCache, open_cache
 from .cached import cache_label, cached_pool, default_cache
-from .pools import FilePool, ImagesProgress, Listing, Pool
+from .listing import Listing
+from .pools import FilePool, ImagesProgress, Pool
 from .prepare import progress_bar
 from .registry import HTA, Dataset
 from .splits import (

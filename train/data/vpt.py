@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from .annotations import read_json, unusable
-from .pools import FilePool, Listing, index_labels, inside
+from .listing import Listing, index_labels
+from .pools import FilePool, inside
 
 SPLITS = ("train", "val", "test")
 IMAGES = {"cub": "images/", "nabirds": "images/", "stanford_dogs": "Images/", "flower102": ""}

@@ -15,7 +15,8 @@ from PIL import Image
 
 from ...cli import UsageError
 from .annotations import read_lines, unusable
-from .pools import UNREADABLE, FilePool, Listing, inside
+from .listing import Listing
+from .pools import UNREADABLE, FilePool, inside
 from .vtab_tasks import LISTS, VTABTask
 
 Labels = dict[str, int]

@@ -123,6 +123,13 @@ def test_one_cache_for_all_training_splits(tmp_path) -> None:
     assert default_cache("folder", tmp_path / "mine") == tmp_path / "mine.cache"
 
 
+def count_decoded(monkeypatch) -> list[int]:
+    """Return a list that gets the number of every image that is decoded from now on."""
+    decoded, load = [], FilePool.load
+    monkeypatch.setattr(FilePool, "load", lambda self, n: decoded.append(n) or load(self, n))
+    return decoded
+
+
 def truncate(path: Path) -> bytes:
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 2 // 3])
@@ -134,42 +141,23 @@ def test_a_truncated_image_is_named_and_nothing_is_lost(
     workers, pool, tmp_path, small_chunks, monkeypatch
 ) -> None:
     """By one process or by several, the chunks before the mistake are kept and are right."""
-    folder = tmp_path / "cache"
+    folder, path, seen = tmp_path / "cache", pool.folder / "09.jpg", []
     kept = build_cache(pool, folder, "x", resize=16)
-    path = pool.folder / "09.jpg"
     whole = truncate(path)
-    seen = []
-
-    def progress(done: int, total: int) -> None:
-        seen.append((done, total))
-
+    settings = {"resize": 32, "progress": lambda *numbers: seen.append(numbers)}
     with pytest.raises(UsageError) as caught:
-        build_cache(pool, folder, "x", resize=32, workers=workers, progress=progress)
+        build_cache(pool, folder, "x", workers=workers, **settings)
     assert str(caught.value).startswith(f"{path}: got a file that cannot be decoded (")
     assert seen == [(4, 12), (8, 12)]
     assert [found.name for found in folder.glob("x-32*")].count("x-32.building") == 1
     open_cache(kept.folder).check()
     path.write_bytes(whole)
-    decoded = []
-    load = FilePool.load
-
-    def counted(self, index):
-        decoded.append(index)
-        return load(self, index)
-
-    monkeypatch.setattr(FilePool, "load", counted)
-    cache = build_cache(pool, folder, "x", resize=32, workers=1, progress=progress)
+    decoded = count_decoded(monkeypatch)
+    cache = build_cache(pool, folder, "x", workers=1, **settings)
     assert sorted(decoded) == [8, 9, 10, 11], "the chunks before the mistake were decoded again"
     assert seen[-1] == (12, 12)
-    monkeypatch.undo()
     assert_equal(cache, pool, 32)
     cache.check()
-
-
-def test_a_missing_image_is_named(pool, tmp_path) -> None:
-    (pool.folder / "05.jpg").unlink()
-    with pytest.raises(UsageError, match=r"05.jpg: got no such file, expected the 12 images"):
-        build_cache(pool, tmp_path / "cache", "x", resize=16)
 
 
 def test_altered_chunks_of_a_killed_build_are_decoded_again(pool, tmp_path, small_chunks) -> None:
@@ -229,11 +217,11 @@ def test_a_disk_that_fills_up_while_decoding(pool, tmp_path, small_chunks, monke
 
 def test_a_folder_that_cannot_be_written(pool, tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        UsageError, match=r"x-32.building: got an error of the disk \(Not a dir"
-    ) as e:
+    told = (
+        r"x-32.building: got an error of the disk \(Not a dir.*choose another folder with --cache"
+    )
+    with pytest.raises(UsageError, match=told):
         build_cache(pool, tmp_path / "file" / "cache", "x", resize=32)
-    assert "for the cache to be written to; choose another folder with --cache, " in str(e.value)
 
 
 def alter(path: Path, place: int) -> None:
@@ -303,8 +291,7 @@ def test_a_damaged_cache_is_told_and_mended(
     hurt, told, again = damage
     cache = build_cache(pool, tmp_path / "cache", "x", resize=16)
     hurt(cache.folder)
-    decoded, load = [], FilePool.load
-    monkeypatch.setattr(FilePool, "load", lambda self, n: decoded.append(n) or load(self, n))
+    decoded = count_decoded(monkeypatch)
     mended = build_cache(pool, tmp_path / "cache", "x", resize=16)
     assert again is None or sorted(decoded) == again
     assert mended.folder == cache.folder and mended.verified
@@ -446,6 +433,9 @@ def test_images_are_kept_small_only_when_that_saves_much(tmp_path) -> None:
     assert_equal(cache, mixed, 49)
 
 
-def test_resize_must_be_positive(pool, tmp_path) -> None:
+def test_refusals(pool, tmp_path) -> None:
     with pytest.raises(UsageError, match="resize: got 0, expected pixels, 1 or more"):
         build_cache(pool, tmp_path, "x", resize=0)
+    (pool.folder / "05.jpg").unlink()
+    with pytest.raises(UsageError, match=r"05.jpg: got no such file, expected the 12 images"):
+        build_cache(pool, tmp_path / "cache", "x", resize=16)

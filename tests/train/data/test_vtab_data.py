@@ -14,7 +14,8 @@ from vtab_trees import ONE_PER_GROUP, write_task
 
 from tcpa.cli import UsageError
 from tcpa.train.__main__ import main
-from tcpa.train.data.cached import open_cached, squash
+from tcpa.train.data.cached import open_cached
+from tcpa.train.data.pools import squash
 from tcpa.train.data.prepare import prepare
 from tcpa.train.data.splits import open_split, training_split
 from tcpa.train.data.verify import verify
