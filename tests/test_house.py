@@ -37,7 +37,9 @@ OPTIMIZER_STEPS = {
 }
 LINES = {"library": 29_000, "tests": 15_000}
 FILE_LINES, FUNCTION_LINES, KERNEL_LINES = 300, 60, 110
-LONG_FILES: dict[str, str] = {}
+LONG_FILES: dict[str, str] = {
+    "tcpa/model.py": "all public methods of the model; a third of it is their docstrings"
+}
 LONG_FUNCTIONS: dict[str, str] = {}
 """Places that may exceed the limits, and why."""
 PYTHON_CALLS = 800
