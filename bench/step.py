@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     text = "prompts on images, too, and on a CPU what is compiled"
     parser.add_argument("--all", action="store_true", help=text)
     parser.add_argument("--ladder", action="store_true", help="one change after the other")
-    parser.add_argument("--kinds", action="store_true", help="also: time by kind of kernel")
+    parser.add_argument("--kinds", action="store_true", help="also: kernel-time breakdown")
     add_results(parser)
     options = parse(parser, argv, batch=1, rounds=1, threads=0)
     device = choose_device(options.device)

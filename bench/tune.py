@@ -292,14 +292,14 @@ def store(path: Path, head: dict[str, str], row: dict[str, Any]) -> None:
 
 
 def _set_aside(path: Path) -> None:
-    """Move a damaged file out of the way, so that it can be measured anew."""
+    """Move a damaged file out of the way, so that it can be measured again."""
     try:
         read_measured(path)
     except ValueError as error:
         kept = path.with_name(f"{path.name}.damaged")
         path.replace(kept)
         forget_measured()
-        print(f"{error}\nkept as {kept}; its rows are measured anew where they are asked for")
+        print(f"{error}\nkept as {kept}; its rows are measured again where they are asked for")
 
 
 def _current(target: Target, architecture: str) -> Launch:

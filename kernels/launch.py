@@ -81,7 +81,7 @@ def row(
 
 
 # Gated attention, chosen by offline compilation, not yet by measurement. On sm_90 at 64 columns
-# (registers, shared memory -> programs per multiprocessor; none of them spills): forward 128
+# (registers, shared memory -> CTAs per SM; none of them spills): forward 128
 # queries: 126, 64 KB -> 2 of 8 warps; it reads K and V half as often from L2 as 64 queries do
 # (124 -> 3 of 4 warps). dq 64 queries: 151, 57 KB -> 3. dkv 64 keys against 32 queries: 168,
 # 33 KB -> 3, where 64 queries take 247 -> 2. Eight warps never share 64 rows: the products would be

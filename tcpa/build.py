@@ -41,8 +41,8 @@ def wrap(
             `E2VPTConfig`, `GatedPromptConfig` or None.
         input_prompt: what is done to the image: `VPConfig`, `DAMVPConfig`, `AutoVPConfig`,
             `LIONConfig` or None.
-        tuning: what is trained besides prompts: `HeadTuning` (the default; without prompts a linear
-            probe), `MLPHeadTuning`, `LastBlockTuning`, `BiasTuning`, `AdapterTuning`,
+        tuning: trainable parameters besides prompts: `HeadTuning` (the default; without prompts a
+            linear probe), `MLPHeadTuning`, `LastBlockTuning`, `BiasTuning`, `AdapterTuning`,
             `AdaptFormerTuning`, `SideTuning` or `FullTuning`.
         num_classes: classes of a fresh linear head; 0 removes the head, None keeps the model's own.
         savings: work left out without changing the result; all by default.

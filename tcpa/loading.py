@@ -54,7 +54,7 @@ def from_pretrained(
 
     Returns:
         The model in evaluation mode, bit-equal to the one that was saved. On a backbone of another
-        precision (`check_backbone=False`) the trained values are converted to what `wrap` gives it.
+        precision (`check_backbone=False`) trainable parameters are converted to what `wrap` gives it.
 
     Raises:
         TypeError: `directory` is no path.

@@ -46,7 +46,7 @@ class PromptedViT(nn.Module):
         backbone: the timm model that was taken over.
         config: the token prompts; None for none.
         input_config: what is done to the image; None for nothing.
-        tuning: what is trained besides prompts.
+        tuning: trainable parameters besides prompts.
         savings: work left out without changing the result.
         impl: which implementation of the operations to use.
         normalization: how images are expected to be normalised; recorded, not applied.

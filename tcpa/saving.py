@@ -41,7 +41,7 @@ def save_pretrained(model: Any, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: `model` is not one of ours, or `directory` is no path.
-        ValueError: a trained value is NaN or infinite; an earlier adapter stays as it is.
+        ValueError: a trainable parameter is NaN or infinite; an earlier adapter stays as it is.
         RuntimeError: another model has taken the backbone over.
         OSError: the folder cannot be written.
     """

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: kernels by kind, from one profiled run."""
+"""Kernel-time breakdown of a step: kernels by kind, from one profiled run."""
 
 import os
 from collections.abc import Callable, Iterable

@@ -168,7 +168,7 @@ class InputConfig(MethodConfig):
 
 
 class TuningConfig(MethodConfig):
-    """What is trained besides prompts: the head always."""
+    """Trainable parameters besides prompts: the head always."""
 
     __slots__ = ()
     kinds: ClassVar[dict[str, type["TuningConfig"]]] = {}

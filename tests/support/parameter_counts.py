@@ -26,4 +26,4 @@ COUNTS = {
     "autovp+tcpa": 3 * 224 * 224 + POOLS,
     "vfpt+tcpa": POOLS,
 }
-"""Trained values without the head of a ViT-B/16, by the formulas of the papers."""
+"""Trainable parameters without the head of a ViT-B/16, by the formulas of the papers."""

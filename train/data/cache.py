@@ -30,7 +30,7 @@ from ...cli import UsageError
 from ..storage import write_synced
 
 FORMAT = 1
-"""Number of the layout; a cache of another is built anew."""
+"""Number of the layout; a cache of another is rebuilt."""
 
 RESIZE = 256
 """Shorter side of the official code, pixels."""
@@ -44,7 +44,7 @@ class DamagedCache(UsageError):
 
     def __init__(self, path: Path, got: str) -> None:
         self.what = f"{path}: got {got}, expected the cache as it was built"
-        super().__init__(f"{self.what}; remove the folder {path.parent} and it is built anew")
+        super().__init__(f"{self.what}; remove the folder {path.parent} and it is rebuilt")
 
 
 @dataclass(frozen=True, slots=True)

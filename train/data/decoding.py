@@ -1,6 +1,6 @@
 """Decode chunks of a pool into an unfinished cache, in this process or in several.
 
-A journal says which chunks are on the disk, so that a build goes on where a killed one stopped.
+A journal says which chunks are on the disk, so that a build resumes where a killed one stopped.
 """
 
 import hashlib

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Trained values with settings of their own; a value belongs to the first group that names
+    """Trainable parameters with settings of their own; each belongs to the first group that names
     it."""
 
     pattern: str
@@ -25,7 +25,7 @@ class Training:
     learning_rate: float
     """Peak of the schedule, see `rate_batch`."""
     weight_decay: float
-    """On every trained value, biases and prompts included, but for `groups`."""
+    """On every trainable parameter, biases and prompts included, but for `groups`."""
     rate_batch: int = 0
     """Batch size for which the learning rate holds; it grows with the batch. 0: for any."""
     optimizer: Literal["AdamW", "Adam", "SGD"] = "AdamW"
@@ -53,7 +53,7 @@ class Training:
     """Crop at random and mirror; False: the crop of the evaluation."""
     rounds: int = 1
     """Times that the training is done, all together `epochs`: 2 where prompts are pruned in between
-    and everything else begins anew."""
+    and everything else restarts."""
     learning_rate_grid: tuple[float, ...] = ()
     """What the source searches on validation images, in the units of `learning_rate`."""
     weight_decay_grid: tuple[float, ...] = ()

@@ -343,7 +343,7 @@ def test_a_cache_for_reading_only_is_compared_every_time(pool, tmp_path, monkeyp
     assert build_cache(pool, tmp_path / "cache", "x", resize=16).folder == cache.folder
     (cache.folder / VERIFIED).unlink()
     alter(cache.folder / PIXELS, 5)
-    with pytest.raises(UsageError, match=r"remove the folder .*x-16-\w+ and it is built anew"):
+    with pytest.raises(UsageError, match=r"remove the folder .*x-16-\w+ and it is rebuilt"):
         build_cache(pool, tmp_path / "cache", "x", resize=16)
 
 
