@@ -11,7 +11,7 @@ COMMANDS = {
     "epoch": "seconds per epoch with images from disk, from a cache, from the device",
     "converge": "train with the fast attention and with the reference: the same losses?",
     "profile": "one step as a trace, by operator, by kind of kernel, and its memory",
-    "static": "compile the kernels offline; registers, spills, memory, lower bounds of the time",
+    "static": "compile the kernels offline; registers, spills, shared memory, occupancy",
     "tune": "measure launches of the kernels on this GPU and write the launch table",
     "gpu": "all that needs a GPU, most valuable first, in nine minutes",
     "report": "figures, tables and one HTML page from results files",

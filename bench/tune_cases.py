@@ -24,15 +24,16 @@ from tcpa.reference import (
 )
 
 from ..kernels import gated_attention, match_prompts, norm_match
-from ..kernels.attention_inputs import AttentionInputs
-from ..kernels.gated_attention import _launch_forward
-from ..kernels.gated_attention_gradients import _launch_dkv, _launch_dq, _launch_prompt_sum
+from ..kernels.attention.backward import launch_dq
+from ..kernels.attention.forward import launch_forward as launch_attention
+from ..kernels.attention.inputs import AttentionInputs
+from ..kernels.attention.keys import launch_dkv, launch_prompt_sum
 from ..kernels.launch import DEFAULT, DTYPE_CLASSES, DTYPE_NAMES, LAUNCHES, Launch
-from ..kernels.match_backward import launch_dx
-from ..kernels.match_forward import launch_forward
-from ..kernels.match_keys import launch_keys_backward
-from ..kernels.match_tiles import held
-from ..kernels.matching import Norm, make_matching
+from ..kernels.matching.backward import launch_dx
+from ..kernels.matching.forward import launch_forward
+from ..kernels.matching.inputs import Norm, make_matching
+from ..kernels.matching.keys import launch_keys_backward
+from ..kernels.matching.tiles import held
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 OPERATIONS = tuple(dict.fromkeys(operation for operation, *_ in LAUNCHES))
@@ -135,7 +136,7 @@ _SLABS = dict.fromkeys(
 )  # fmt: skip
 # Matching: halves and slices of a tile, one warp per slice, or per 16 rows of a tile of one slice.
 # The widest bucket is measured at 1024 columns but holds rows of 4096, which need many slices if
-# they stay in registers. Only half rows may leave them: see `match_forward`.
+# they stay in registers. Only half rows may leave them: see `kernels.matching.forward`.
 _TALL = ((8, 1), (16, 1))
 _TILES: dict[tuple[str, str], tuple[_Shape, ...]] = {
     ("fwd", "c192"): ((2, 1), (2, 2), (2, 4), (4, 2), (4, 4)),
@@ -259,20 +260,20 @@ class AttentionProblem:
         scale = q.shape[-1] ** -0.5
         inputs = AttentionInputs.of(q, k, v, k_prompt, v_prompt, self.gate, scale, False)
         if operation == "gated_attention_fwd":
-            return functools.partial(_launch_forward, inputs)
-        o, lse = _launch_forward(inputs)
+            return functools.partial(launch_attention, inputs)
+        o, lse = launch_attention(inputs)
         grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in self.tensors]
         delta = torch.empty_like(lse)
-        _launch_dq(inputs, self.do, o, lse, delta, grads[0])
+        launch_dq(inputs, self.do, o, lse, delta, grads[0])
         if operation == "gated_attention_dq":
-            return functools.partial(_launch_dq, inputs, self.do, o, lse, delta, grads[0])
+            return functools.partial(launch_dq, inputs, self.do, o, lse, delta, grads[0])
         if operation == "gated_attention_dkv":
             needs = [True] * 5
-            return functools.partial(_launch_dkv, inputs, self.do, o, lse, delta, grads, needs)
+            return functools.partial(launch_dkv, inputs, self.do, o, lse, delta, grads, needs)
         batch, _, heads, head_dim = o.shape
         sizes = 2, batch, heads, inputs.num_prompts, head_dim
         partial = torch.randn(sizes, device=o.device)
-        return functools.partial(_launch_prompt_sum, partial, grads[3], grads[4], (True, True))
+        return functools.partial(launch_prompt_sum, partial, grads[3], grads[4], (True, True))
 
 
 class MatchProblem:

@@ -8,12 +8,11 @@ checks it on a GPU.
 import torch
 
 try:
-    from .attention_inputs import refusal as attention_refusal
-    from .common import launch_error
-    from .gated_attention import gated_attention
-    from .match_prompts import match_prompts
-    from .matching import refusal as matching_refusal
-    from .norm_match import norm_match
+    from .attention.inputs import refusal as attention_refusal
+    from .attention.op import gated_attention
+    from .host import launch_error
+    from .matching.inputs import refusal as matching_refusal
+    from .matching.op import match_prompts, norm_match
 except ModuleNotFoundError as error:
     # Triton exists for Linux only; everything else of the library works without.
     if error.name is None or error.name.partition(".")[0] != "triton":

@@ -57,7 +57,7 @@ def read_static(path: Path, option: str = "--static") -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         kernels = found["kernels"]
-        known = {*STATIC_COLUMNS, "failures", "pipes_us", "promised"}
+        known = {*STATIC_COLUMNS, "failures", "promised"}
         if not kernels or not all(known <= kernel.keys() for kernel in kernels):
             raise ValueError("no kernels")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -92,21 +92,15 @@ def _comparison(changes: Sequence[RowChange]) -> str:
 
 
 def _static(static: dict[str, Any]) -> str:
-    """Lower bounds of what the compiler made; no measurement."""
+    """What the compiler made; no measurement."""
     rows = []
     for kernel in static["kernels"]:
-        pipes = kernel["pipes_us"]
-        pipe = max(pipes, key=pipes.__getitem__, default="")
         cells = ["" if kernel[name] is None else str(kernel[name]) for name in STATIC_COLUMNS]
-        rows.append([*cells, f"{pipes[pipe]:.1f}" if pipe else "", pipe,
-                     "; ".join(kernel["failures"])])  # fmt: skip
-    header = [*STATIC_COLUMNS.values(), "at least, us", "pipe", "remarks"]
+        rows.append([*cells, "; ".join(kernel["failures"])])
+    header = [*STATIC_COLUMNS.values(), "remarks"]
     broken = sum(bool(k["promised"] and k["failures"]) for k in static["kernels"])
     versions = f"Triton {static.get('triton', '?')}, torch {static.get('torch', '?')}"
-    told = (
-        f"{len(rows)} kernels, {broken} broken promises; {versions}. Times are lower bounds from "
-        "the machine code, not measurements."
-    )
+    told = f"{len(rows)} kernels, {broken} broken promises; {versions}."
     shown = TextTable(header=header, rows=rows, text_columns=3)
     return paragraph(told) + folded("All kernels", table(shown))
 

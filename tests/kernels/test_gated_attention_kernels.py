@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcpa.kernels import attention_inputs, launch
-from tcpa.kernels.common import MAX_ROW_STRIDE, addressable
-from tcpa.kernels.gated_attention import gated_attention
+from tcpa.kernels import launch
+from tcpa.kernels.attention import inputs as attention_inputs
+from tcpa.kernels.attention.inputs import MAX_ROW_STRIDE, addressable
+from tcpa.kernels.attention.op import gated_attention
 from tcpa.reference import gated_attention_reference, pack_gate
 
 GPU = torch.cuda.is_available()
@@ -372,7 +373,7 @@ def test_what_would_read_past_a_tensor_is_not_launched(changes):
 
 
 def test_refuses_a_device_without_kernels(monkeypatch):
-    monkeypatch.setattr("tcpa.kernels.common.interpreting", lambda: False)
+    monkeypatch.setattr("tcpa.kernels.host.interpreting", lambda: False)
     tensors, gate = make_inputs(1, 3, 4, 5, 2, 16, False)
     with pytest.raises(RuntimeError, match=r"'cpu'.*TRITON_INTERPRET=1.*impl='reference'"):
         gated_attention(*(t.cpu() for t in tensors), gate.cpu())

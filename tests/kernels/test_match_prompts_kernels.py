@@ -25,8 +25,8 @@ from matching import (
     wrong_margin,
 )
 
-from tcpa.kernels.common import launch_error
-from tcpa.kernels.match_prompts import _match_prompts, match_prompts
+from tcpa.kernels.host import launch_error
+from tcpa.kernels.matching.op import _match_prompts, match_prompts
 from tcpa.reference import match_prompts_reference, pack_gate, random_gate, split_gate
 
 pytestmark = pytest.mark.skipif(

@@ -27,9 +27,8 @@ from matching import (
 )
 from torch import Tensor
 
-from tcpa.kernels.common import launch_error
-from tcpa.kernels.match_prompts import match_prompts
-from tcpa.kernels.norm_match import _norm_match, norm_match
+from tcpa.kernels.host import launch_error
+from tcpa.kernels.matching.op import _norm_match, match_prompts, norm_match
 from tcpa.reference import match_prompts_reference, random_gate
 
 pytestmark = pytest.mark.skipif(

@@ -102,7 +102,7 @@ def test_golden_files_through_the_kernels_on_a_gpu(path):
     ],
 )
 def test_an_implementation_that_cannot_run_is_refused(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr("tcpa.kernels.common.interpreting", lambda: True)
+    monkeypatch.setattr("tcpa.kernels.host.interpreting", lambda: True)
     assert main([str(FILES[0]), *arguments]) == 2
     assert message in capsys.readouterr().err
 

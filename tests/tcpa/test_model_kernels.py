@@ -231,7 +231,7 @@ def test_auto_chooses_by_device_and_dtype():
 
 
 def test_triton_on_request_is_refused_where_it_cannot_run(monkeypatch):
-    monkeypatch.setattr("tcpa.kernels.common.interpreting", lambda: False)
+    monkeypatch.setattr("tcpa.kernels.host.interpreting", lambda: False)
     x, *keys = (tensor.cpu() for tensor in matching_inputs())
     reason = r"impl='triton' cannot run: tensors are on 'cpu'.*TRITON_INTERPRET=1.*impl='auto'"
     with pytest.raises(RuntimeError, match=reason):

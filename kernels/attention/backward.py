@@ -23,25 +23,17 @@ In kernels: M queries of a block, N keys of a block; i_ index, o_ offsets, m_ ma
 block in registers.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .common import exp2, gate_bits, is_key, load_keys, load_tile, store_tile, visible_prompts
+from ..host import device_guard
+from .inputs import AttentionInputs, addressable
+from .keys import launch_dkv
+from .tiles import exp2, is_key, load_keys, load_tile, store_tile, visible_prompts
 
-
-@triton.jit
-def _visible_to(p_words, o_key, first_token, m_m, BLOCK_N: tl.constexpr, NUM_WORDS: tl.constexpr):
-    """Return bool [N, M]: the transpose of `visible_prompts`."""
-    o_n = tl.arange(0, BLOCK_N)
-    # [N, 1]
-    b_set = tl.where(o_key + o_n >= first_token, 1, 0)[:, None]
-    for i_word in tl.static_range(min(NUM_WORDS, BLOCK_N // 32)):
-        # [M]
-        o_w = tl.where(m_m, o_key // 32 + i_word, NUM_WORDS)
-        b_word = tl.load(p_words + o_w, mask=o_w < NUM_WORDS, other=0)
-        # [N, M]
-        b_set |= gate_bits(o_n, i_word)[:, None] & b_word[None, :]
-    return b_set != 0
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @triton.jit
@@ -167,132 +159,37 @@ def gated_attention_dq_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def _dkv_block(
-    p_q, p_k, p_v, p_kp, p_vp, p_gate, p_do, p_o, p_lse, p_delta, p_dk, p_dv, p_dkp, p_dvp,
-    stride_ql, stride_kl, stride_vl, stride_kpp, stride_vpp, stride_gl, stride_dol, stride_ol,
-    stride_dpp, o_key, num_queries, num_tokens, num_prompts, first_token, scale, scale_log2,
-    NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DKP: tl.constexpr, NEED_DVP: tl.constexpr,
-    OWN_DELTA: tl.constexpr, MIXED: tl.constexpr, GATED: tl.constexpr, VISIBLE: tl.constexpr,
-    PRECISION: tl.constexpr, NUM_WORDS: tl.constexpr,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Make dK and dV of the keys `o_key ...` of one head.
-
-    Rows are keys: what lies in memory row by row is read row by row, and rows in the gap, which may
-    become infinite, touch no other row and are not stored.
-    """
-    o_d = tl.arange(0, BLOCK_D)
-    # [N, D]
-    b_k = load_keys(
-        p_kp, stride_kpp, p_k, stride_kl, o_key, num_prompts, first_token, o_d, D, BLOCK_N, MIXED
-    )
-    b_v = load_keys(
-        p_vp, stride_vpp, p_v, stride_vl, o_key, num_prompts, first_token, o_d, D, BLOCK_N, MIXED
-    )
-    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for o_l in range(0, num_queries, BLOCK_M):
-        o_m = o_l + tl.arange(0, BLOCK_M)
-        m_m = o_m < num_queries
-        # [M, D]
-        b_q = load_tile(p_q, stride_ql, o_l, num_queries, o_d, D, BLOCK_M)
-        b_do = load_tile(p_do, stride_dol, o_l, num_queries, o_d, D, BLOCK_M)
-        b_lse = tl.load(p_lse + o_m, mask=m_m, other=float("inf"))
-        # [N, M]
-        if PRECISION == "ieee":
-            # The forward's product, summed in its order: in a saturated row, scores rounded in
-            # another way would change the largest probability, which plain softmax keeps exact.
-            b_s = tl.trans(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION))
-        else:
-            b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-        b_p = exp2(b_s * scale_log2 - b_lse[None, :])
-        b_seen = b_p
-        if GATED:
-            m_gate = _visible_to(
-                p_gate + o_m * stride_gl, o_key, first_token, m_m, BLOCK_N, NUM_WORDS
-            )
-            b_seen = tl.where(m_gate, b_p, 0.0)
-        if NEED_DV or (MIXED and NEED_DVP):
-            # [N, M] @ [M, D] -> [N, D]
-            b_dv = tl.dot(b_seen.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-        if NEED_DK or (MIXED and NEED_DKP):
-            if OWN_DELTA:
-                b_o = load_tile(p_o, stride_ol, o_l, num_queries, o_d, D, BLOCK_M)
-                b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
-            else:
-                b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
-            # [N, D] @ [D, M] -> [N, M]
-            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-            if GATED and VISIBLE:
-                b_p = b_seen
-            elif GATED:
-                b_dp = tl.where(m_gate, b_dp, 0.0)
-            b_ds = b_p * (b_dp - b_delta[None, :])
-            # [N, M] @ [M, D] -> [N, D]
-            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
-    b_dk *= scale
-    o_token = o_key - first_token
-    if NEED_DK:
-        store_tile(p_dk, stride_ol, o_token, num_tokens, o_d, b_dk, D, BLOCK_N)
-    if NEED_DV:
-        store_tile(p_dv, stride_ol, o_token, num_tokens, o_d, b_dv, D, BLOCK_N)
-    if MIXED and NEED_DKP:
-        store_tile(p_dkp, stride_dpp, o_key, num_prompts, o_d, b_dk, D, BLOCK_N)
-    if MIXED and NEED_DVP:
-        store_tile(p_dvp, stride_dpp, o_key, num_prompts, o_d, b_dv, D, BLOCK_N)
+def launch_backward(
+    inputs: AttentionInputs, do: Tensor, o: Tensor, lse: Tensor, needs: list[bool]
+) -> Gradients:
+    """Return dq, dk, dv, dk_prompt, dv_prompt; an empty tensor for each that is not needed."""
+    do = addressable(do)
+    names = (inputs.q, inputs.k, inputs.v, inputs.k_prompt, inputs.v_prompt)
+    grads = [t.new_empty(t.shape if need else (0,)) for t, need in zip(names, needs, strict=True)]
+    if o.numel() == 0 or inputs.num_keys == 0:
+        return tuple(grad.zero_() for grad in grads)
+    delta = torch.empty_like(lse)
+    with device_guard(o):
+        if needs[0]:
+            launch_dq(inputs, do, o, lse, delta, grads[0])
+        if any(needs[1:]):
+            launch_dkv(inputs, do, o, lse, delta if needs[0] else None, grads, needs)
+    return tuple(grads)
 
 
-@triton.jit
-def gated_attention_dkv_kernel(
-    p_q, p_k, p_v, p_kp, p_vp, p_gate, p_do, p_o, p_lse, p_delta, p_dk, p_dv, p_dkp, p_dvp,
-    stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh,
-    stride_vb, stride_vl, stride_vh, stride_kpb, stride_kpp, stride_kph,
-    stride_vpb, stride_vpp, stride_vph, stride_gb, stride_gl, stride_dob, stride_dol, stride_doh,
-    stride_dpb, stride_dpp, stride_dph,
-    num_heads, num_queries, num_tokens, num_prompts, first_token, num_blocks, scale, scale_log2,
-    NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DKP: tl.constexpr, NEED_DVP: tl.constexpr,
-    OWN_DELTA: tl.constexpr,
-    GATED: tl.constexpr, VISIBLE: tl.constexpr, PRECISION: tl.constexpr, NUM_WORDS: tl.constexpr,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One program per block of keys of one head."""
-    i_bh = (tl.program_id(0) // num_blocks).to(tl.int64)
-    i_b, i_h = i_bh // num_heads, i_bh % num_heads
-    p_q += i_b * stride_qb + i_h * stride_qh
-    p_k += i_b * stride_kb + i_h * stride_kh
-    p_v += i_b * stride_vb + i_h * stride_vh
-    p_kp += i_b * stride_kpb + i_h * stride_kph
-    p_vp += i_b * stride_vpb + i_h * stride_vph
-    p_do += i_b * stride_dob + i_h * stride_doh
-    p_gate += i_b * stride_gb
-    p_o += (i_b * num_queries * num_heads + i_h) * D
-    p_lse += i_bh * num_queries
-    p_delta += i_bh * num_queries
-    i_token = (i_b * num_tokens * num_heads + i_h) * D
-    i_prompt = i_b * stride_dpb + i_h * stride_dph
-    p_dk += i_token
-    p_dv += i_token
-    p_dkp += i_prompt
-    p_dvp += i_prompt
-    stride_ol = num_heads * D
-    o_key = tl.program_id(0) % num_blocks * BLOCK_N
-    if o_key < first_token:
-        _dkv_block(
-            p_q, p_k, p_v, p_kp, p_vp, p_gate, p_do, p_o, p_lse, p_delta, p_dk, p_dv, p_dkp, p_dvp,
-            stride_ql, stride_kl, stride_vl, stride_kpp, stride_vpp, stride_gl, stride_dol,
-            stride_ol, stride_dpp, o_key, num_queries, num_tokens, num_prompts, first_token,
-            scale, scale_log2, NEED_DK, NEED_DV, NEED_DKP, NEED_DVP, OWN_DELTA, True,
-            GATED, VISIBLE, PRECISION, NUM_WORDS, D, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    else:
-        _dkv_block(
-            p_q, p_k, p_v, p_kp, p_vp, p_gate, p_do, p_o, p_lse, p_delta, p_dk, p_dv, p_dkp, p_dvp,
-            stride_ql, stride_kl, stride_vl, stride_kpp, stride_vpp, stride_gl, stride_dol,
-            stride_ol, stride_dpp, o_key, num_queries, num_tokens, num_prompts, first_token,
-            scale, scale_log2, NEED_DK, NEED_DV, NEED_DKP, NEED_DVP, OWN_DELTA, False,
-            False, VISIBLE, PRECISION, NUM_WORDS, D, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+def launch_dq(
+    inputs: AttentionInputs, do: Tensor, o: Tensor, lse: Tensor, delta: Tensor, dq: Tensor
+) -> None:
+    """Launch the kernel that owns dq and delta."""
+    batch, queries, heads, _ = o.shape
+    launch = inputs.launch("gated_attention_dq")
+    block_m, block_n = launch.blocks["BLOCK_M"], launch.blocks["BLOCK_N"]
+    tiles = triton.cdiv(queries, block_m)
+    gated_attention_dq_kernel[(batch * heads * tiles,)](
+        *inputs.pointers(), do, o, lse, delta, dq, *inputs.strides(), *do.stride()[:3],
+        *inputs.sizes(block_n), tiles, inputs.scale, inputs.scale_log2,
+        **inputs.block_constants(launch), **inputs.constants(), **launch.options(),
+    )  # fmt: skip
 
 
-__all__ = ["gated_attention_dkv_kernel", "gated_attention_dq_kernel"]
+__all__ = ["gated_attention_dq_kernel", "launch_backward", "launch_dq"]

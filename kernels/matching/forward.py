@@ -3,7 +3,7 @@
 Every prefix token selects `top_k` entries of the CLS pool, every patch `top_k` of the image pool,
 by s = x . k / (|x| |k|). One kernel does all for a tile of rows: LayerNorm, norm, similarities,
 ranks, gate words, partial distances. Which tiles it holds in registers, and which it reads a second
-time, `match_tiles` tells.
+time, `tiles` tells.
 
 Similarities have float32 accuracy from tensor-core products: a row scaled by a power of two is a
 float16 number per element (two of them for float32 x), a unit key is the sum of two. Their products
@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import device_guard
-from .launch import Launch
-from .match_keys import launch_unit_keys
-from .match_tiles import (
+from ..host import device_guard
+from ..launch import Launch
+from .inputs import Matched, Matching, Norm, empty_outputs, launch_of
+from .keys import launch_unit_keys
+from .tiles import (
     KEY_SCALE,
     NORM_EPS,
     ROW_EXPONENT,
@@ -45,7 +46,6 @@ from .match_tiles import (
     tile_rows,
     unroll_factor,
 )
-from .matching import Matched, Matching, Norm, empty_outputs, launch_of
 
 
 @triton.jit

@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .common import dtype_error, require_launchable
-from .launch import Launch, architecture_of, choose_launch
+from ..host import dtype_error, require_launchable
+from ..launch import Launch, architecture_of, choose_launch
 
 MAX_POOL = 64
 MAX_WIDTH = 4096

@@ -1,22 +1,11 @@
-"""Device primitives and host checks shared by the kernels.
+"""Device primitives of gated attention: tiles of rows, the one sequence of keys, gate bits.
 
 Axes: B batch, H heads, L query tokens, P prompt rows, S = L + P keys, D head dim, W gate words.
 Names in kernels: i_ index, o_ offsets, m_ mask, p_ pointers, b_ block in registers.
 """
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from .launch import DTYPE_CLASSES, interpreting
-
-LOG2_E = 1.4426950408889634
-
-# In-block offsets are 32 bits wide: block rows times the row stride must stay below 2 ** 31.
-MAX_ROW_STRIDE = 2**31 // 512
 
 
 @triton.jit
@@ -99,75 +88,33 @@ def visible_prompts(
 
 
 @triton.jit
+def visible_to(p_words, o_key, first_token, m_m, BLOCK_N: tl.constexpr, NUM_WORDS: tl.constexpr):
+    """Return bool [N, M]: the transpose of `visible_prompts`."""
+    o_n = tl.arange(0, BLOCK_N)
+    # [N, 1]
+    b_set = tl.where(o_key + o_n >= first_token, 1, 0)[:, None]
+    for i_word in tl.static_range(min(NUM_WORDS, BLOCK_N // 32)):
+        # [M]
+        o_w = tl.where(m_m, o_key // 32 + i_word, NUM_WORDS)
+        b_word = tl.load(p_words + o_w, mask=o_w < NUM_WORDS, other=0)
+        # [N, M]
+        b_set |= gate_bits(o_n, i_word)[:, None] & b_word[None, :]
+    return b_set != 0
+
+
+@triton.jit
 def exp2(x):
     """Return 2 ** x."""
     return tl.math.exp2(x)
 
 
-def launch_error(device: torch.device) -> str | None:
-    """Say why no kernel can be launched on tensors of `device`; None when one can."""
-    if device.type == "cuda" or (device.type == "cpu" and interpreting()):
-        return None
-    return (
-        f"tensors are on {device.type!r}; Triton kernels need a CUDA or ROCm device, or the "
-        "Triton interpreter (TRITON_INTERPRET=1, set before triton is imported)"
-    )
-
-
-def require_launchable(device: torch.device) -> None:
-    """Raise RuntimeError unless kernels can run on tensors of `device`."""
-    reason = launch_error(device)
-    if reason is not None:
-        raise RuntimeError(f"{reason}; pass impl='reference'")
-
-
-def dtype_error(name: str, tensor: Tensor) -> TypeError | None:
-    """Return what to raise where no kernel exists for the dtype of `tensor`."""
-    if tensor.dtype in DTYPE_CLASSES:
-        return None
-    return TypeError(
-        f"{name}: got {tensor.dtype}, the kernels expect float16, bfloat16 or float32; convert it "
-        "with .to() or pass impl='reference'"
-    )
-
-
-def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Make the device of `tensor` current, so that a launch reaches it."""
-    if tensor.device.type == "cuda":
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
-
-
-def addressable(tensor: Tensor) -> Tensor:
-    """Return `tensor`, copied only when its strides are beyond what the kernels address.
-
-    The last axis must be dense; other axes may have any stride up to `MAX_ROW_STRIDE`, 0 included.
-    """
-    if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
-        rows = [s for s, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if n > 1]
-        if all(stride <= MAX_ROW_STRIDE for stride in rows[1:]):
-            return tensor
-    return tensor.contiguous()
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """Return the `input_precision` of products: float32 is multiplied as float32, not as TF32."""
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
 __all__ = [
-    "LOG2_E",
-    "addressable",
-    "device_guard",
-    "dtype_error",
     "exp2",
     "gate_bits",
     "is_key",
-    "launch_error",
     "load_keys",
     "load_tile",
-    "precision_of",
-    "require_launchable",
     "store_tile",
     "visible_prompts",
+    "visible_to",
 ]

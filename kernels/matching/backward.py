@@ -8,7 +8,7 @@ token selects (replayed from its gate words):
     dk_r  = (g_r - k_r (k_r . g_r)) / |key_r|              with unit keys k_r
 
 One kernel reads x and the gradient of the normed rows and writes dx, from tiles as in the forward;
-`match_keys` does dk.
+`keys` does dk.
 
 Axes: B batch, L tokens, M tile rows, R pool entries, C width, W gate words.
 Names in kernels: i_ index, o_ offsets, m_ mask, p_ pointers, b_ block in registers.
@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import device_guard
-from .match_keys import launch_keys_backward
-from .match_tiles import (
+from ..host import device_guard
+from .inputs import Matching, dense_rows, launch_of
+from .keys import launch_keys_backward
+from .tiles import (
     KEY_SCALE,
     held,
     load_affine_columns,
@@ -36,7 +37,6 @@ from .match_tiles import (
     tile_rows,
     unroll_factor,
 )
-from .matching import Matching, dense_rows, launch_of
 
 
 @triton.jit

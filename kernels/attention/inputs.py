@@ -6,10 +6,13 @@ import torch
 import triton
 from torch import Tensor
 
-from .common import LOG2_E, addressable, dtype_error, precision_of, require_launchable
-from .launch import Launch, architecture_of, choose_launch
+from ..host import dtype_error, require_launchable
+from ..launch import Launch, architecture_of, choose_launch
 
+LOG2_E = 1.4426950408889634
 MIN_HEAD_DIM, MAX_HEAD_DIM, MAX_PROMPTS = 16, 128, 256
+# In-block offsets are 32 bits wide: block rows times the row stride must stay below 2 ** 31.
+MAX_ROW_STRIDE = 2**31 // 512
 TAIL_ROWS = 16
 # The least factor of the scores: 0 itself would turn the -inf of a masked key into NaN.
 MIN_SCALE = 1e-30
@@ -124,6 +127,23 @@ class AttentionInputs:
         }
 
 
+def addressable(tensor: Tensor) -> Tensor:
+    """Return `tensor`, copied only when its strides are beyond what the kernels address.
+
+    The last axis must be dense; other axes may have any stride up to `MAX_ROW_STRIDE`, 0 included.
+    """
+    if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
+        rows = [s for s, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if n > 1]
+        if all(stride <= MAX_ROW_STRIDE for stride in rows[1:]):
+            return tensor
+    return tensor.contiguous()
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Return the `input_precision` of products: float32 is multiplied as float32, not as TF32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
 def block_d(head_dim: int) -> int:
     """Return the columns of a block: the head dim rounded up to a power of two."""
     return max(triton.next_power_of_2(head_dim), MIN_HEAD_DIM)
@@ -172,4 +192,13 @@ def check_inputs(
         assert gate.shape in ((batch, queries, words), (1, queries, words)), gate.shape
 
 
-__all__ = ["AttentionInputs", "block_d", "bucket_of", "check_inputs", "refusal", "tail_rows"]
+__all__ = [
+    "AttentionInputs",
+    "addressable",
+    "block_d",
+    "bucket_of",
+    "check_inputs",
+    "precision_of",
+    "refusal",
+    "tail_rows",
+]

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .match_tiles import (
+from .inputs import Matching, launch_of
+from .tiles import (
     KEY_SCALE,
     NORM_EPS,
     ROW_EXPONENT,
@@ -23,7 +24,6 @@ from .match_tiles import (
     power_of_two,
     split_half,
 )
-from .matching import Matching, launch_of
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""Gated attention: attention to tokens and prompts with one visibility bit per prompt."""

@@ -1,0 +1,1 @@
+"""Prompt matching, alone and with LayerNorm."""
