@@ -93,7 +93,7 @@ class DemoOutput:
     """The output folder: metrics as JSON lines, and what a command puts beside them."""
 
     def __init__(self, folder: Path, header: dict) -> None:
-        """Create the folder, or accept one that an earlier demo filled; begin its metrics anew.
+        """Create the folder, or accept one that an earlier demo filled; restart its metrics.
 
         Raises:
             UsageError: the folder holds other files, or cannot be written.

@@ -7,7 +7,7 @@ The demo's methods are trained with every pair of the grid, a row of the paper's
 rate and the smallest decay, then with the other decays and the rate that was best. The best mean
 over the folds wins, on a tie the smaller rate, then the smaller decay. The demo reads the record.
 The 797 test images have no part in it. Measurements of rows are written down as they come, so that
-the command goes on where it was stopped.
+the command resumes where it was stopped.
 """
 
 import json

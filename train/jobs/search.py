@@ -139,7 +139,7 @@ def search(config: SearchConfig) -> Choice | None:
         f"time on {', '.join(devices)}",
         soft_wrap=True,
     )
-    with raised("stopped; the same command goes on with the trials that are not finished"):
+    with raised("stopped; the same command resumes the trials that are not finished"):
         failed = damaged + carry_out(left, devices, console)
     failed = diverged.take(failed)
     accuracies = {trial: _accuracy(trial) for trial in trials}
@@ -149,7 +149,7 @@ def search(config: SearchConfig) -> Choice | None:
         first, reason = failed[0]
         raise UsageError(
             f"{len(failed)} of {len(trials)} trials failed, the first of them {first.folder} "
-            f"({reason}; see {first.folder / LOG}); run the same command again to go on with them"
+            f"({reason}; see {first.folder / LOG}); run the same command again to resume them"
         )
     choice = _choose(grid, accuracies)
     write_choice(path, choice)
@@ -178,7 +178,7 @@ class _Diverged:
         self._path, self._known = path, dict[str, Any]()
         found = read_json(path)
         for trial in trials if isinstance(found, dict) else ():
-            # Trials of other options are tried anew.
+            # Trials of other options restart.
             if found.get(trial.folder.name) == _description(trial):
                 self._known[trial.folder.name] = found[trial.folder.name]
 

@@ -124,7 +124,7 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
         f"{count_runs(len(jobs))}, {finished} of them finished; "
         f"{len(devices)} at a time on {', '.join(devices)}"
     )
-    with raised("stopped; the same command goes on with the runs that are not finished"):
+    with raised("stopped; the same command resumes the runs that are not finished"):
         failed = carry_out(left, devices, console)
     failed = sorted(damaged + failed, key=lambda item: jobs.index(item[0]))
     done = [job.folder for job in jobs if job.folder.exists()]
@@ -136,6 +136,6 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
             reason = f"{first.folder} ({reason}; see {first.folder / LOG})"
         raise UsageError(
             f"{len(failed)} of {count_runs(len(jobs))} failed, the first of them: {reason}; run "
-            "the same command again to go on"
+            "the same command again to resume"
         )
     return [found for job in jobs if (found := job.result()) is not None]

@@ -34,7 +34,7 @@ class AblateConfig(TrainOptions):
     """Vary the parts of TCPA one at a time, with several seeds: a table and a picture per study.
 
     Settings are compared on validation images; test accuracies are printed beside them and choose
-    nothing. Finished runs are skipped and interrupted ones go on, so that the command can be
+    nothing. Finished runs are skipped and interrupted ones resume, so that the command can be
     repeated, with further studies or seeds too.
     """
 

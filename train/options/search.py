@@ -15,7 +15,7 @@ class SearchConfig(TrainOptions):
     """Choose learning rate and weight decay on validation images; no test image is read.
 
     One run under protocol tune for each pair of the grid. Finished ones are skipped and interrupted
-    ones go on, so that the command can be repeated; `run` and `sweep` take the choice by --choices.
+    ones resume: the command can be repeated. `run` and `sweep` take the choice by --choices.
     """
 
     method: Annotated[str, Positional]

@@ -1,4 +1,4 @@
-"""Ablations: every study trains what it says, is compared on validation images and goes on."""
+"""Ablations: every study trains what it says, is compared on validation images and resumes."""
 
 import csv
 import dataclasses
@@ -118,7 +118,7 @@ def test_an_interrupted_ablation_goes_on_and_a_run_repeats(tmp_path, monkeypatch
     )
     with monkeypatch.context() as patch:
         patch.setattr(runs, "run_tasks", stop_after_one)
-        with pytest.raises(Interrupted, match="goes on with the runs that are not finished"):
+        with pytest.raises(Interrupted, match="resumes the runs that are not finished"):
             ablate(config)
     (kept,) = tmp_path.rglob("result.json")
     before = kept.stat().st_mtime_ns

@@ -346,7 +346,7 @@ def test_runs_may_save_when_a_sweep_is_stopped(number, stand_in, tmp_path, monke
     Path("stand_in.py").write_text(SAVING)
     monkeypatch.setattr(scheduler, "as_completed", signals(number, 1))
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted, match="the same command goes on with the runs") as caught:
+    with pytest.raises(Interrupted, match="the same command resumes the runs") as caught:
         sweep(SweepConfig(datasets=("dtd", "cub"), output=tmp_path / "runs", **OPTIONS))
     assert caught.value.status == 128 + number and signal.getsignal(number) is before
     assert Path("saved").exists() and not list(tmp_path.glob("runs/cub/**/log.txt"))

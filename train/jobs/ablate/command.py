@@ -57,7 +57,7 @@ def ablate(config: AblateConfig, splits: Splits | None = None) -> dict[str, list
         total = len(settings) * len(config.seeds)
         raise UsageError(
             f"{len(failures)} of {total} runs failed, the first of them {failures[0]}; run the "
-            "same command again to go on with them"
+            "same command again to resume them"
         )
     return found
 

@@ -165,7 +165,7 @@ def _train_on_digits(
     if left:
         epochs = next(iter(left)).epochs
         with (
-            raised("stopped; the same command goes on with the runs that are not finished"),
+            raised("stopped; the same command resumes the runs that are not finished"),
             DemoProgress(len(left), epochs, "validation") as progress,
         ):
             run_tasks(list(left), progress.epoch, on_outcome)
