@@ -3,7 +3,6 @@
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +15,7 @@ from ..data.vtab_tasks import ALL_TASKS, GROUPS, SEEDS, TASKS
 from ..engine.interruption import raised
 from ..engine.rundir import LOG
 from ..options.checks import require_known
-from ..options.run import RunConfig, SweepConfig, TrainOptions
+from ..options.run import SweepConfig
 from ..recipes.recipe import PUBLISHED_METHOD, decompose, require_row
 from ..recipes.rows import METHODS
 from ..recipes.runspec import resolve
@@ -96,9 +95,8 @@ def jobs_of(config: SweepConfig) -> list[Job]:
     """
     for method in config.methods or ():
         require_row(decompose(method)[0], "--methods")
-    shared = {f.name: getattr(config, f.name) for f in fields(TrainOptions)}
     configs = [
-        RunConfig(dataset=dataset, method=method, seed=seed, **shared)
+        config.run_of(dataset=dataset, method=method, seed=seed)
         for dataset, method, seed in plan(config.datasets, config.methods, config.seeds)
     ]
     return [Job(run, resolve(run)) for run in configs]

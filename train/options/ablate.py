@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from ...cli import require
 from .checks import require_different, require_known, require_seed
@@ -107,18 +107,13 @@ class AblateConfig(TrainOptions):
 
     def _require_demo(self) -> None:
         for field in fields(TrainOptions):
-            value, usual = getattr(self, field.name), type(self).default(field.name)
+            value, usual = getattr(self, field.name), self.__dataclass_fields__[field.name].default
             option = f"--{field.name.replace('_', '-')}"
             usable = field.name in DEMO_OPTIONS or value == usual
             shown = ", ".join(f"--{name.replace('_', '-')}" for name in DEMO_OPTIONS)
             require(usable, option, f"{value} with RECIPE demo", shown, "leave it out")
         usable, row = self.method in (None, "vpt+tcpa"), "vpt+tcpa, which the demo has"
         require(usable, "--method", repr(self.method), row, "leave it out")
-
-    @classmethod
-    def default(cls, name: str) -> Any:
-        """Return the default of an option."""
-        return cls.__dataclass_fields__[name].default
 
     @property
     def base_method(self) -> str:
@@ -127,9 +122,8 @@ class AblateConfig(TrainOptions):
 
     def base(self, seed: int | None = None) -> RunConfig:
         """Return the configuration of the run from which the studies start."""
-        shared = {name: getattr(self, name) for name in TrainOptions.__dataclass_fields__}
         dataset = "cub" if self.recipe == DEMO else self.recipe
-        return RunConfig(dataset=dataset, method=self.base_method, seed=seed, **shared)
+        return self.run_of(dataset=dataset, method=self.base_method, seed=seed)
 
 
 def _require_values(option: str, values: tuple | None) -> None:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from ...cli import require
 from .checks import (
@@ -191,6 +191,11 @@ class TrainOptions:
         rate = self.learning_rate
         above = rate is None or 0 < rate < math.inf
         require(above, "--learning-rate", rate, "a number above 0", "leave it out for the recipe's")
+
+    def run_of(self, *, dataset: str, method: str, seed: int | None, **changes: Any) -> "RunConfig":
+        """Return the configuration of one run with these options, but for some changes."""
+        shared = {name: getattr(self, name) for name in TrainOptions.__dataclass_fields__}
+        return RunConfig(dataset=dataset, method=method, seed=seed, **shared | changes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

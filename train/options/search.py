@@ -60,15 +60,15 @@ class SearchConfig(TrainOptions):
         self.trial()
 
     def trial(self, rate: float | None = None, decay: float | None = None) -> RunConfig:
-        """Return the configuration of one trial.
-
-        Args:
-            rate: peak of the schedule; None: the recipe's.
-            decay: weight decay; None: the recipe's.
-        """
-        shared = {name: getattr(self, name) for name in TrainOptions.__dataclass_fields__}
-        shared |= {"protocol": "tune", "learning_rate": rate, "weight_decay": decay}
-        return RunConfig(dataset=self.dataset, method=self.method, seed=self.seed, **shared)
+        """Return the configuration of one trial; None stands for the recipe's value."""
+        return self.run_of(
+            dataset=self.dataset,
+            method=self.method,
+            seed=self.seed,
+            protocol="tune",
+            learning_rate=rate,
+            weight_decay=decay,
+        )
 
 
 def _require_grid(option: str, values: tuple[float, ...] | None, *, above: float) -> None:
