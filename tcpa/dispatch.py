@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import kernels, sdpa
+from . import kernels
 from .checks import require_choice
+from .cpu import sdpa_unavailable_reason
 
 Impl = Literal["auto", "triton", "sdpa", "dense", "reference"]
 IMPLS = ("auto", "triton", "sdpa", "dense", "reference")
@@ -79,7 +80,7 @@ def _choose(
     if impl == "triton":
         reason = kernels.unavailable_reason(device)
     elif impl == "sdpa":
-        reason = sdpa.unavailable_reason(device)
+        reason = sdpa_unavailable_reason(device)
     if reason is not None:
         raise RuntimeError(f"impl={impl!r} cannot run: {reason}; pass impl='auto' or 'reference'")
     return impl, "asked for"

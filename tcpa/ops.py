@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import kernels, sdpa
+from . import kernels
 from .checks import (
     require,
     require_choice,
@@ -23,7 +23,7 @@ from .checks import (
     require_shape,
     require_tensor,
 )
-from .dense import gated_attention_dense
+from .cpu import gated_attention_dense, gated_attention_sdpa
 from .dispatch import IMPLS, Impl, autocast_dtype, resolve, without_autocast
 from .reference import (
     NormalizeOver,
@@ -207,7 +207,7 @@ def gated_attention_unchecked(
         attend = gated_attention_reference
     elif name == "sdpa" or (impl == "auto" and q.device.type != "cpu" and gate is None):
         # Without a gate PyTorch's own attention computes the same, on any device.
-        attend = sdpa.gated_attention_sdpa
+        attend = gated_attention_sdpa
     elif name == "dense":
         attend = gated_attention_dense
     else:

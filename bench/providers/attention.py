@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ... import gated_attention, sdpa
+from ... import gated_attention
+from ...cpu import sdpa_unavailable_reason
 from ..harness.case import DTYPES
 from ..harness.provider import Outputs, Prepared, Provider, compiled, eager, no_kernels
 from .attention_case import AttentionCase, heads, prepared, rows
@@ -189,7 +190,7 @@ PROVIDERS: tuple[Provider, ...] = (
         name="tcpa sdpa",
         role="ours",
         prepare=functools.partial(_prepare_ours, "sdpa", True),
-        reason=sdpa.unavailable_reason,
+        reason=sdpa_unavailable_reason,
     ),
     Provider(
         name="tcpa dense",
