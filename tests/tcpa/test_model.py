@@ -25,7 +25,7 @@ TINY = ARCHITECTURES["vit-tiny"]
 
 def step(model, images, through=None):
     """One backward pass, `through` a compiled form; returns logits, distance and gradients."""
-    logits, distance = (through or model)(images, return_distance=True)
+    logits, distance = (model if through is None else through)(images, return_distance=True)
     labels = torch.arange(len(images)) % model.num_classes
     (F.cross_entropy(logits.float(), labels) + 0.1 * distance).backward()
     grads = {n: p.grad for n, p in model.trainable_named_parameters().items()}
