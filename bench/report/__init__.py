@@ -14,7 +14,7 @@ What the figures take from the rows:
   their names;
 - roofline: metric "time" of the operations in `cost.OPERATIONS`, ceilings of the command "ceilings"
   with the metrics "bandwidth" and "rate";
-- time by kind of kernel: metric "time of KIND", such as "time of matrix products", one row per
+- kernel-time breakdown: metric "time of KIND", such as "time of matrix products", one row per
   kind, provider and mode; they are stacked, so that they should not overlap;
 - scaling: metric "time" at three or more shapes that differ in P, batch or image size alone.
 

@@ -58,13 +58,13 @@ def quantiles(row: Row) -> str:
 
 
 def tables(rows: Sequence[Row]) -> list[TextTable]:
-    """Return the tables of every device and command: metrics, and where the time of a step goes."""
+    """Return the tables of every device and command: metrics, and the kernel-time breakdown."""
     found = []
     for (device, command), group in grouped(rows, "device", "command").items():
         kinds = [row for row in group if row.metric.startswith(KIND)]
         others = [row for row in group if not row.metric.startswith(KIND)]
         found += [table(others, f"{command} on {device}")] if others else []
-        found += [table(kinds, f"{command} on {device}: time by kind")] if kinds else []
+        found += [table(kinds, f"{command} on {device}: kernel-time breakdown")] if kinds else []
     return found
 
 

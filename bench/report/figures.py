@@ -1,4 +1,4 @@
-"""Figures of results: bars per operation, roofline, time by kind of kernel, scaling curves."""
+"""Figures of results: bars per operation, roofline, kernel-time breakdown, scaling curves."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ KIND_COLOURS = (*COLOURS[:7], FLOOR)
 @styled
 def draw_all(rows: Sequence[Row]) -> list[Drawing]:
     """Draw whatever the rows allow."""
-    return [*_bars(rows), *_rooflines(rows), *_kinds(rows), *_scaling(rows)]
+    return [*_bars(rows), *_rooflines(rows), *_breakdowns(rows), *_scaling(rows)]
 
 
 def colours_of(providers: Sequence[str]) -> dict[str, str]:
@@ -184,8 +184,8 @@ def _roofline(points: list[tuple[Row, float, float]], ceilings: Ceilings, dtype:
     return finish(figure, f"roofline-{dtype}-{ceilings.device}", caption)
 
 
-def _kinds(rows: Sequence[Row]) -> Iterator[Drawing]:
-    """Draw how the time of a step splits into kinds of kernel."""
+def _breakdowns(rows: Sequence[Row]) -> Iterator[Drawing]:
+    """Draw the kernel-time breakdown of steps."""
     for dtype, every in _panels([row for row in rows if row.metric.startswith(KIND)]):
         group = [row for row in every if row.shape == main_shape(every)]
         bars = list(grouped(group, "provider", "mode", "dtype"))
@@ -207,7 +207,7 @@ def _kinds(rows: Sequence[Row]) -> Iterator[Drawing]:
         axes.grid(axis="x")
         axes.set_axisbelow(True)
         figure.legend(loc="outside right center")
-        caption = f"{_what(group[0], dtype)}: time by kind of kernel; medians."
+        caption = f"{_what(group[0], dtype)}: kernel-time breakdown; medians."
         yield finish(figure, _name("kinds", group[0], dtype), caption)
 
 

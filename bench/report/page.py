@@ -26,7 +26,7 @@ STATIC_COLUMNS = {
     "spill_stores": "spill stores",
     "spill_loads": "spill loads",
     "shared": "shared memory, bytes",
-    "programs": "programs per SM",
+    "programs": "CTAs per SM",
 }
 
 

@@ -58,6 +58,12 @@ class Drawing:
     svg: str
     """One <svg> element in the reader's text colour, without any outside reference."""
 
+    @property
+    def width(self) -> int:
+        """Pixels for which it was laid out, 96 an inch."""
+        # Bytes 16 to 19 of a PNG are its width.
+        return round(int.from_bytes(self.png[16:20], "big") * 96 / DPI)
+
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -2,5 +2,5 @@
 
 `subjects` loads the models that are compared, `images` the pictures, `demo` makes both without any
 download; `measure` computes every number with `tcpa.inspect`, `drawings` and `maps` draw them,
-`page` and `tables` write them down, `run` is the command.
+`page` writes them down, `run` is the command.
 """

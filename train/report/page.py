@@ -116,9 +116,7 @@ def figures(drawings: Iterable["Drawing"], *, scrolled: bool = False) -> str:
 
 def image(drawing: "Drawing", *, fixed: bool = False) -> str:
     """Return a figure as pixels, in the size for which it was laid out if `fixed`."""
-    # Bytes 16 to 19 of a PNG are its width.
-    width = round(int.from_bytes(drawing.png[16:20], "big") * 96 / 150)
-    size = f' style="width:{width}px"' if fixed else ""
+    size = f' style="width:{drawing.width}px"' if fixed else ""
     alt, name = escape(drawing.alt), drawing.name
     return f'<img src="{png_url(drawing.png)}" alt="{alt}" data-name="{name}"{size}>'
 

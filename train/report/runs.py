@@ -166,7 +166,7 @@ def _how_far(run: Run) -> str:
     done = max((epoch for epoch, _ in run.points("epoch", "loss")), default=0)
     return (
         f"unfinished: {done} of {run.recipe['epochs']} epochs; it is running, or the command that "
-        "started it goes on with it"
+        "started it resumes it"
     )
 
 
@@ -261,7 +261,7 @@ def _check_result(run: Run, result: dict[str, Any]) -> None:
     chosen_on = CHOOSES_ON[run.protocol]
     if chosen_on is None:
         return
-    # Pruning begins anew: only the epochs after it can be chosen.
+    # Pruning restarts training: only the epochs after it can be chosen.
     earlier = run.recipe["epochs"] - run.recipe["epochs"] // run.recipe.get("rounds", 1)
     points = run.points("evaluation", "accuracy", split=chosen_on)
     points = [point for point in points if point[0] > earlier]
