@@ -8,6 +8,7 @@ W = ceil(P / 32) gate words.
 import importlib
 from typing import Any
 
+from .adapter import save_pretrained
 from .build import create_model, wrap
 from .capture import BlockRecord, Capture
 from .config import Savings
@@ -37,7 +38,6 @@ from .reference import (
     role_gate,
     unpack_gate,
 )
-from .saving import save_pretrained
 
 __version__ = "0.1.0"
 

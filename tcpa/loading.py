@@ -1,7 +1,6 @@
 """Loading a saved adapter onto its backbone: every check of the files, then their values.
 
-Nothing is unpickled. `adapter_format.py` says what the two files are and hold, and checks the JSON
-one; `saving.py` writes them.
+Nothing is unpickled. `adapter.py` says what the two files are and hold, and checks the JSON one.
 """
 
 import os
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import vit
-from .adapter_format import (
+from .adapter import (
     CHOICES,
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -54,7 +53,7 @@ def from_pretrained(
 
     Returns:
         The model in evaluation mode, bit-equal to the one that was saved. On a backbone of another
-        precision (`check_backbone=False`) trainable parameters are converted to what `wrap` gives it.
+        precision (`check_backbone=False`) trainable parameters get the dtypes that `wrap` gives.
 
     Raises:
         TypeError: `directory` is no path.

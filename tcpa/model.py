@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import forward, vit
+from .adapter import save_pretrained
 from .capture import Capture, capture
 from .checks import require, require_bool, require_int, require_shape, require_tensor
 from .config import Savings
@@ -21,7 +22,6 @@ from .dispatch import Impl
 from .methods.base import Choices
 from .methods.modules import Fitted, InputPrompt, PromptSource, require_clusters
 from .prompt_kv import PromptProjector
-from .saving import save_pretrained
 
 MAX_EPOCH = 2**31
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
-from tcpa.adapter_format import backbone_fingerprint
+from tcpa.adapter import backbone_fingerprint
 from tcpa.build import require_covered
 from tcpa.checks import did_you_mean
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import tcpa
 from tcpa import TCPAConfig, VPTConfig, from_pretrained, wrap
-from tcpa.adapter_format import CONFIG_FILE, WEIGHTS_FILE, adapter_checksum
+from tcpa.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_checksum
 
 TINY = ARCHITECTURES["vit-tiny"]
 METHODS = {

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from tcpa.adapter_format import checksum
+from tcpa.adapter import checksum
 
 from ...cli import UsageError
 from ..storage import cannot_write, write_whole

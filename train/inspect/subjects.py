@@ -12,7 +12,7 @@ from torch import nn
 
 import tcpa
 from tcpa import vit
-from tcpa.adapter_format import CONFIG_FILE
+from tcpa.adapter import CONFIG_FILE
 
 from ...cli import UsageError
 from ..backbones import ALIASES, load_backbone
