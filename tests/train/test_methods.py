@@ -258,11 +258,9 @@ def test_only_the_pruned_model_can_be_chosen(tmp_path, monkeypatch):
     """Whatever the accuracies before the last pruning were."""
     real, epochs = Loop.evaluate, []
 
-    def falling(self, split, journal, *, epoch, **rest):
+    def falling(self, split, *, epoch, **rest):
         epochs.append(epoch)
-        return dataclasses.replace(
-            real(self, split, journal, epoch=epoch, **rest), accuracy=100.0 / epoch
-        )
+        return dataclasses.replace(real(self, split, epoch=epoch, **rest), accuracy=100.0 / epoch)
 
     monkeypatch.setattr(Loop, "evaluate", falling)
     config = config_for("e2vpt", tmp_path, epochs=2, prune_tokens=0.4, prune_segments=0.5)
@@ -364,7 +362,7 @@ def test_mappings_are_refused_where_they_mean_nothing(tmp_path):
         resolve(config_for("vp", tmp_path, mapping="full"))
     with pytest.raises(UsageError, match="--mapping-sources: got 3 with --mapping full, expected "):
         resolve(config_for("autovp", tmp_path, mapping="full", mapping_sources=3))
-    with pytest.raises(UsageError, match="--mapping-sources: sources: got 0, expected an integer"):
+    with pytest.raises(UsageError, match="--mapping-sources: got 0, expected an integer"):
         resolve(config_for("autovp", tmp_path, mapping="frequency", mapping_sources=0))
     many = config_for("autovp", tmp_path, mapping="frequency", mapping_sources=300)
     with pytest.raises(UsageError, match="source classes: got 1000, expected at least 1200, 300"):

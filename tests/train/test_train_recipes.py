@@ -132,8 +132,8 @@ def test_bugs_of_a_source_come_back_for_parity():
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("vfpt_input-vpp", r"--input-prompt: got 'vpp', .*did you mean vp\?"),
-        ("vfpt_tuning-biases", r"--tuning: got 'biases', .*did you mean bias\?"),
+        ("vfpt_input-vpp", r"--input-prompt: got 'vpp', .*did you mean 'vp'\?"),
+        ("vfpt_tuning-biases", r"--tuning: got 'biases', .*did you mean 'bias'\?"),
         ("vfpt_tunings-bias", "--method: got 'tunings-bias', expected input-NAME, tuning-NAME or"),
     ],
 )

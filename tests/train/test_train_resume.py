@@ -19,7 +19,7 @@ from train_runs import make_config, make_splits
 
 from tcpa.cli import UsageError
 from tcpa.train.engine.checkpoint import CURRENT, load_checkpoint
-from tcpa.train.engine.interruption import noted
+from tcpa.train.engine.interruption import defer_signals
 from tcpa.train.jobs.run import run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked and killed")
@@ -199,7 +199,7 @@ def test_a_loss_that_is_not_finite_is_not_saved_when_asked(tmp_path):
 def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with noted() as requests:
+        with defer_signals() as requests:
             os.kill(os.getpid(), signal.SIGHUP)
             assert requests.received == 0
             os.kill(os.getpid(), signal.SIGTERM)

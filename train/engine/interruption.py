@@ -1,6 +1,6 @@
-"""Ending when asked to: SIGINT (Ctrl-C), SIGTERM and SIGHUP, noted or raised.
+"""Ending when asked to: SIGINT (Ctrl-C), SIGTERM and SIGHUP, deferred or raised.
 
-A run notes the first signal and ends once its step is done and saved; a second one ends it at once.
+A run defers the first signal and ends once its step is done and saved; the second ends it at once.
 """
 
 import signal
@@ -35,8 +35,8 @@ class Requests:
 
 
 @contextmanager
-def noted() -> Iterator[Requests]:
-    """Note the first signal; the next one has its usual effect."""
+def defer_signals() -> Iterator[Requests]:
+    """Note the first signal for later; the next one has its usual effect."""
     requests = Requests()
 
     def note(number: int) -> None:
@@ -50,7 +50,7 @@ def noted() -> Iterator[Requests]:
 
 
 @contextmanager
-def raised(text: str = "") -> Iterator[None]:
+def raise_on_signal(text: str = "") -> Iterator[None]:
     """Raise Interrupted, with a text, for every signal, wherever the main thread is."""
 
     def interrupt(number: int) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 import tcpa
 
 from ...cli import UsageError
-from ..recipes.runspec import RunSpec
 from ..storage import cannot_write, write_json
-from .checkpoint import Journal, read_metrics
+from .checkpoint import read_metrics
 from .loop import CHOOSES_ON, MEASURED_ON, Loop
 from .rundir import ADAPTER, RESULT, versions
 
@@ -48,7 +47,7 @@ class Result:
     pipeline_images_per_second: float
     """The input pipeline alone."""
     trainable: int
-    """Trained values, the head included."""
+    """Trainable parameters, the head included."""
     train_images: int
     test_images: int
     backbone: str
@@ -77,23 +76,22 @@ def read_result(folder: Path, values: dict[str, Any]) -> Result:
         ) from None
 
 
-def finish(
-    spec: RunSpec,
-    loop: Loop,
-    journal: Journal | None,
-    folder: Path,
-    pipeline: float,
-) -> Result:
-    """Test the chosen epoch where that is left to do, and write adapter and result."""
-    state, built = loop.state, loop.built
+def finish(loop: Loop, pipeline: float) -> Result:
+    """Test the chosen epoch where that is left to do, and write adapter and result.
+
+    Args:
+        loop: has trained all epochs.
+        pipeline: images/s of the input pipeline alone.
+    """
+    spec, state, built = loop.spec, loop.state, loop.built
     chosen_on, epoch = CHOOSES_ON[spec.protocol], spec.epochs
     if chosen_on is not None:
-        loop.use_best()
+        built.model.load_trained(loop.best)
         epoch = state.best_epoch
     official = chosen_on == "test"
     accuracy, measured_on = state.best_accuracy, MEASURED_ON[spec.protocol]
     if not official:
-        accuracy = loop.evaluate(measured_on, journal, epoch=epoch).accuracy
+        accuracy = loop.evaluate(measured_on, epoch=epoch).accuracy
     tested = measured_on == "test"
     if official:
         last = state.last_accuracy
@@ -101,7 +99,7 @@ def finish(
         last = accuracy if tested and epoch == spec.epochs else None
     val_accuracy = state.best_accuracy if chosen_on == "val" else None
     result = None
-    if journal is not None:
+    if loop.journal is not None:
         result = Result(
             dataset=spec.dataset,
             label=spec.label,
@@ -115,7 +113,7 @@ def finish(
             last_accuracy=last,
             best_test_accuracy=state.best_accuracy if official else None,
             val_accuracy=val_accuracy if tested else accuracy,
-            **_rates(folder),
+            **_rates(spec.folder),
             pipeline_images_per_second=pipeline,
             trainable=built.model.num_trainable,
             train_images=loop.splits.train.num_images,
@@ -131,7 +129,7 @@ def finish(
             measured_on=measured_on,
             source=loop.splits.record.get("train", {}).get("source", {}).get("kind", ""),
         )
-        _write(folder, built.model, result)
+        _write(spec.folder, built.model, result)
     shared: Any = loop.world.share(None if result is None else asdict(result))
     return Result(**shared)
 

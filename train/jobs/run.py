@@ -9,7 +9,6 @@ the chosen epoch, for `tcpa.from_pretrained`) and `result.json`.
 import os
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ import torch
 from ..engine.checkpoint import Journal
 from ..engine.data import Splits, load_splits
 from ..engine.distributed import World, join
-from ..engine.interruption import noted
+from ..engine.interruption import defer_signals
 from ..engine.loop import Loop
-from ..engine.model import BuiltModel, build_model
+from ..engine.model import build_model
 from ..engine.progress import Display
 from ..engine.result import Result, finish, read_result
 from ..engine.rundir import (
@@ -38,6 +37,14 @@ from ..storage import read_json, write_json
 
 PIPELINE_BATCHES = 10
 """Batches, at most, over which the rate of the input pipeline alone is measured."""
+
+HOW = {
+    "official": "the best test epoch: chosen on the test images, as the official code does",
+    "val": "chosen on the validation images",
+    "last": "the last epoch",
+    "tune": "the last epoch; the test images were not read",
+}
+"""Protocol -> how its epoch was chosen."""
 
 WORDS = {"val": "validation", "test": "test"}
 """Split -> how messages name it."""
@@ -84,68 +91,58 @@ def _make_repeatable(world: World) -> None:
 
 
 def _train(spec: RunSpec, world: World, splits: Splits) -> Result:
-    folder, title = spec.folder, spec.title
     built = build_model(spec, world, splits.num_classes)
-    loop = Loop(spec, world, built, splits, folder)
+    loop = Loop(spec, world, built, splits)
     warnings = loop.resume()
-    state = loop.state
-    images = splits.train.num_images
+    state, images = loop.state, splits.train.num_images
     done = state.epoch * images + min(state.batch * spec.batch_size, images)
-    journal = None
-    display = Display(world, title, total_images=spec.epochs * images, done_images=done)
+    display = Display(world, spec.title, total_images=spec.epochs * images, done_images=done)
     for warning in warnings:
         display.say(f"warning: {warning}")
     if world.is_main:
-        _record_start(folder, spec.describe(), world, built, splits, state.step)
-        journal = Journal(
-            folder, keep=state.metrics_bytes, step=state.step, tensorboard=spec.tensorboard
+        _record_start(loop)
+        loop.journal = Journal(
+            spec.folder, keep=state.metrics_bytes, step=state.step, tensorboard=spec.tensorboard
         )
     try:
-        with noted() as requests:
+        with defer_signals() as requests:
             pipeline = _pipeline_rate(splits, world)
-            _introduce(display, built, splits, loop, pipeline)
+            _introduce(display, loop, pipeline)
             with display:
-                loop.run(journal, display, requests)
-            result = finish(spec, loop, journal, folder, pipeline)
+                loop.run(display, requests)
+            result = finish(loop, pipeline)
         loop.close()
     finally:
-        if journal is not None:
-            journal.close()
+        if loop.journal is not None:
+            loop.journal.close()
     display.say(
-        f"{title}: {result.accuracy:.2f} % on {result.measured_on} images after epoch "
-        f"{result.epoch} "
-        f"({_how(spec)}); {folder}"
+        f"{spec.title}: {result.accuracy:.2f} % on {result.measured_on} images after epoch "
+        f"{result.epoch} ({HOW[spec.protocol]}); {spec.folder}"
     )
     return result
 
 
-def _record_start(
-    folder: Path,
-    description: dict[str, Any],
-    world: World,
-    built: BuiltModel,
-    splits: Splits,
-    step: int,
-) -> None:
+def _record_start(loop: Loop) -> None:
     """Write down what this start computes, and of the first start the configuration.
 
     Raises:
         UsageError: weights or images are not those with which the run began, or the record of
             earlier starts is damaged.
     """
+    folder, built = loop.spec.folder, loop.built
     starts = read_starts(folder)
-    found = describe_environment(world) | {
-        "from_step": step,
+    found = describe_environment(loop.world) | {
+        "from_step": loop.state.step,
         "precision": built.numerics.name,
         "eval_precision": built.eval_numerics.name,
-        "implementation": list(built.implementation(world)),
+        "implementation": list(built.implementation(loop.world)),
         "backbone": built.backbone.to_json(),
-        "data": dict(splits.record),
+        "data": dict(loop.splits.record),
     }
     if starts:
         require_same_inputs(starts[0], found, folder)
     else:
-        write_json(folder / CONFIG, description)
+        write_json(folder / CONFIG, loop.spec.describe())
     # From here on the run has begun, and belongs to its configuration.
     write_json(folder / ENVIRONMENT, [*starts, found])
 
@@ -162,18 +159,15 @@ def _pipeline_rate(splits: Splits, world: World) -> float:
     return images / (time.perf_counter() - start)
 
 
-def _introduce(
-    display: Display, built: BuiltModel, splits: Splits, loop: Loop, pipeline: float
-) -> None:
+def _introduce(display: Display, loop: Loop, pipeline: float) -> None:
     """Say what is going to be trained, with what, and from where."""
-    spec = loop.spec
-    model, world = built.model, loop.world
+    spec, world, built, splits = loop.spec, loop.world, loop.built, loop.splits
     name, reason = built.implementation(world)
     sizes = {"training": splits.train} | {WORDS[n]: s for n, s in splits.evaluation.items()}
     images = [f"{source.num_images:,} {name}" for name, source in sizes.items()]
     display.say(
         f"{spec.title}: {', '.join(images)} images, {splits.num_classes} classes, "
-        f"{model.num_trainable:,} trained values on {built.backbone.name}"
+        f"{built.model.num_trainable:,} trainable parameters on {built.backbone.name}"
     )
     if rule := splits.record.get("train", {}).get("rule"):
         display.say(f"to train on: {rule}")
@@ -191,12 +185,3 @@ def _introduce(
         display.say(f"note: {spec.note}")
     if loop.state.step:
         display.say(f"goes on after step {loop.state.step} of {spec.epochs * loop.batches}")
-
-
-def _how(spec: RunSpec) -> str:
-    return {
-        "official": "the best test epoch: chosen on the test images, as the official code does",
-        "val": "chosen on the validation images",
-        "last": "the last epoch",
-        "tune": "the last epoch; the test images were not read",
-    }[spec.protocol]

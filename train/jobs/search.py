@@ -13,7 +13,6 @@ from rich.console import Console
 
 from ...cli import UsageError
 from ..data.vtab_tasks import VTAB
-from ..engine.interruption import raised
 from ..engine.rundir import LOG
 from ..options.search import SearchConfig
 from ..recipes.choices import Choice, choice_path, conditions_of, write_choice
@@ -139,7 +138,7 @@ def search(config: SearchConfig) -> Choice | None:
         f"time on {', '.join(devices)}",
         soft_wrap=True,
     )
-    with raised("stopped; the same command resumes the trials that are not finished"):
+    with raise_on_signal("stopped; the same command resumes the trials that are not finished"):
         failed = damaged + carry_out(left, devices, console)
     failed = diverged.take(failed)
     accuracies = {trial: _accuracy(trial) for trial in trials}

@@ -12,7 +12,6 @@ import tcpa
 from ...cli import UsageError
 from ..data.splits import NAMES, OFFICIAL_SEED
 from ..data.vtab_tasks import ALL_TASKS, GROUPS, SEEDS, TASKS
-from ..engine.interruption import raised
 from ..engine.rundir import LOG
 from ..options.checks import require_known
 from ..options.run import SweepConfig
@@ -122,7 +121,7 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
         f"{count_runs(len(jobs))}, {finished} of them finished; "
         f"{len(devices)} at a time on {', '.join(devices)}"
     )
-    with raised("stopped; the same command resumes the runs that are not finished"):
+    with raise_on_signal("stopped; the same command resumes the runs that are not finished"):
         failed = carry_out(left, devices, console)
     failed = sorted(damaged + failed, key=lambda item: jobs.index(item[0]))
     done = [job.folder for job in jobs if job.folder.exists()]

@@ -269,7 +269,7 @@ def test_an_interrupted_run_on_a_dataset_goes_on_and_a_failed_one_stops_no_other
     run, started = Loop.run, []
 
     def stop_in_the_second(self, *arguments):
-        started.append(self.folder.parent.name)
+        started.append(self.spec.folder.parent.name)
         if len(started) == 2:
             raise Interrupted(15, "asked to end")
         return run(self, *arguments)

@@ -22,7 +22,6 @@ from ...demo.methods import PROMPTS, DemoMethod, chosen_methods
 from ...demo.session import DemoProgress
 from ...demo.training import DemoOutcome, DemoTask, run_tasks
 from ...engine.data import Splits
-from ...engine.interruption import raised
 from ...engine.rundir import brief, differences
 from ...options.ablate import DEMO, POOL_OPTIONS, AblateConfig
 from ...options.demo import EPOCHS
@@ -165,7 +164,7 @@ def _train_on_digits(
     if left:
         epochs = next(iter(left)).epochs
         with (
-            raised("stopped; the same command resumes the runs that are not finished"),
+            raise_on_signal("stopped; the same command resumes the runs that are not finished"),
             DemoProgress(len(left), epochs, "validation") as progress,
         ):
             run_tasks(list(left), progress.epoch, on_outcome)
