@@ -34,12 +34,12 @@ from torch import Tensor
 
 from tcpa import Savings
 
-from ..cli import UsageError, choose_device, command, require
+from ..cli import choose_device, command, require
 from ..train.data.speed import cached_photos, write_photos
 from .harness.case import StepCase
-from .harness.check import ReferenceCache, Skipped, WrongResultError
+from .harness.check import Skipped, WrongResultError
 from .harness.images import SOURCES, Cached, Files, Pair, Source, resize_of
-from .harness.model import Runner, make_batch, plain_answer
+from .harness.model import checked_runners
 from .harness.options import add_results, parse, step_parser
 from .harness.provider import StepProvider
 from .harness.results import Provenance, Results, Row, make_rows, provenance
@@ -49,7 +49,6 @@ from .step import choose_steps
 
 IMAGES = {"train": 5394, "eval": 5794}
 """CUB-200-2011 as the official code splits it: 90 % of the training part, and the test part."""
-LEARNING_RATE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,51 +66,6 @@ class Rate:
     """How many times as fast as the first provider it is, with the pipeline."""
     cost: list[float] | None = None
     """How many times as long as the same method without TCPA it takes, where that is measured."""
-
-
-def checked_runners(
-    case: StepCase, chosen: Sequence[StepProvider], skipped: Skipped
-) -> dict[str, Runner]:
-    """Build all methods, compare what they compute with their plain forms and warm them up.
-
-    Two images say what a batch would, but what is compiled or recorded is so for one size.
-
-    Args:
-        case: model, batch and device; the mode is not looked at.
-        chosen: the methods.
-        skipped: takes those that fail, except for the first.
-
-    Raises:
-        WrongResultError: the first one computes something else.
-        UsageError: it cannot be computed here.
-    """
-    fixed = any(provider.compiled for provider in chosen)
-    size = case.batch if fixed else min(case.batch, 2)
-    cases = [replace(case, mode=mode, batch=size) for mode in ("train", "eval")]
-    references = [ReferenceCache(one, plain_answer) for one in cases]
-    runners: dict[str, Runner] = {}
-    for provider in chosen:
-        try:
-            runner = Runner(case, provider, learning_rate=LEARNING_RATE)
-            for one, reference in zip(cases, references, strict=True):
-                reference.prepare(provider)
-                runner.use(one.mode)
-                reference.check(provider, runner.answer(*make_batch(one, runner.model)))
-            for one in cases:
-                runner.use(one.mode)
-                runner.run(*make_batch(case, runner.model))
-        except Exception as error:
-            # Whatever keeps it from being computed is what the user has to know.
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            if not isinstance(error, WrongResultError):
-                where = f"{provider.name}, --model {case.model} --batch {case.batch}"
-                error = UsageError(f"{where}: {reason}")
-            if provider is chosen[0]:
-                raise error from None
-            skipped.add(error)
-        else:
-            runners[provider.name] = runner
-    return runners
 
 
 def measure(

@@ -21,7 +21,7 @@ is left is handed on: a stage is interrupted when it is over, and keeps what it 
 stage "tests" needs pytest and hypothesis; all others need torch, triton, timm and numpy alone.
 
 --rehearse runs the same stages on the CPU with the smallest shapes: it shows that nothing in them
-fails for a silly reason on the day that there is a GPU. It keeps results of its own.
+fails for a trivial reason on the day that there is a GPU. It keeps results of its own.
 """
 
 import argparse
@@ -41,7 +41,7 @@ GRACE = 20.0
 """Seconds in which an interrupted stage has to end."""
 
 ROOT = Path(__file__).parent.parent
-SMALL = ("--model", "vit_tiny_patch16_224", "--batch", "2", "--rounds", "1")
+SMALL = ("--model", "test_vit", "--batch", "2")
 TINY_SHAPE = "ti16-32-p4-b1"
 
 
@@ -77,8 +77,10 @@ def stages(device: str, *, rehearse: bool) -> list[Stage]:
     verify = ("-m", "tcpa.verify", "--impl", "triton", *on, "--dtype", "float32", *golden)
     tune: tuple[str, ...] = ()
     if rehearse:
-        half, ops = (*SMALL, "--provider", "VPT-deep"), ("--shape", TINY_SHAPE, "--seconds", "0.01")
-        epoch = (*SMALL, "--images", "4", "--workers", "0", "--provider", "frozen ViT")
+        half = (*SMALL, "--rounds", "1", "--provider", "VPT-deep")
+        ops = ("--shape", TINY_SHAPE, "--seconds", "0.01")
+        epoch = (*SMALL, "--rounds", "1", "--images", "2", "--workers", "0")
+        epoch = (*epoch, "--provider", "frozen ViT")
         # There is nothing to run without a GPU, but all of them can be collected.
         tests = (*tests, "--collect-only")
         verify = ("-m", "tcpa.verify", *golden[-1:])
@@ -87,9 +89,8 @@ def stages(device: str, *, rehearse: bool) -> list[Stage]:
     converge = (*bench, "converge", *on)
     ladder = (*step, "--ladder")
     if rehearse:
-        ladder = (*bench, "step", *on, *SMALL, "--ladder", "--provider", "frozen")
-        small = ("--model", "test_vit", "--batch", "2", "--steps", "20", "--repeats", "2")
-        converge = (*converge, *small)
+        ladder = (*bench, "step", *on, *SMALL, "--rounds", "1", "--ladder", "--provider", "frozen")
+        converge = (*converge, *SMALL, "--steps", "20", "--repeats", "2")
     return [
         Stage("tests", tests, keeps_results=False),
         Stage("golden", verify, keeps_results=False),

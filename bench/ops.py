@@ -20,12 +20,9 @@ Exit status 1: a provider computes something else. 2: nothing could be measured 
 """
 
 import argparse
-import dataclasses
-import functools
 import gc
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,39 +37,9 @@ from .harness.check import WrongResultError
 from .harness.provider import Prepared, Provider, choose
 from .harness.results import Results, Row, make_rows, provenance
 from .ops_table import OperationCase, best_composition, metrics_of, table
-from .providers.attention import PROVIDERS
-from .providers.attention_case import AttentionCase
-from .providers.matching import MATCH_PROVIDERS, NORM_PROVIDERS, MatchCase
+from .providers.operations import OPERATIONS, Operation
 
 MODES = ("forward", "backward", "both")
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """An operation of the library and who computes it."""
-
-    name: str
-    make_inputs: Callable[[Shape, str, torch.device], Any]
-    providers: tuple[Provider, ...]
-
-    def refuses(self, shape: Shape) -> str | None:
-        """Say why it is not measured on a shape; None when it is."""
-        if self.name == "gated_attention":
-            return None
-        if not shape.prompts:
-            return "there are no prompts to match"
-        shared = dataclasses.replace(shape, per_sample=False).name
-        return f"matching is that of {shared}" if shape.per_sample else None
-
-
-OPERATIONS = {
-    operation.name: operation
-    for operation in (
-        Operation("gated_attention", AttentionCase, PROVIDERS),
-        Operation("match_prompts", functools.partial(MatchCase, False), MATCH_PROVIDERS),
-        Operation("norm_match", functools.partial(MatchCase, True), NORM_PROVIDERS),
-    )
-}
 
 
 class Race:

@@ -67,7 +67,7 @@ Value = Callable[[Measured], float | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class TargetFigure:
     """One figure to reach."""
 
     name: str
@@ -143,44 +143,44 @@ _STEP = _our_step("time")
 _SAME_FORM = _step("time", "tcpa, bf16 weights")
 
 TARGETS = (
-    Target("gated attention, forward", "us", 95, 75, 58, 36,
+    TargetFigure("gated attention, forward", "us", 95, 75, 58, 36,
            _kernel("gated_attention", "forward")),
-    Target("gated attention, backward", "us", 280, 200, 150, 72,
+    TargetFigure("gated attention, backward", "us", 280, 200, 150, 72,
            _kernel("gated_attention", "backward")),
-    Target("gated attention, both, against the official algorithm", "x", 6, 9, 12, 23,
+    TargetFigure("gated attention, both, against the official algorithm", "x", 6, 9, 12, 23,
            _ratio(_kernel("gated_attention", "both", "official"), _OURS), "more"),
-    Target("against the official algorithm, compiled", "x", 1.5, 1.9, 2.5, 4.9,
+    TargetFigure("against the official algorithm, compiled", "x", 1.5, 1.9, 2.5, 4.9,
            _ratio(_kernel("gated_attention", "both", "official, compiled"), _OURS), "more"),
-    Target("against FlexAttention in composition A or C", "x", 2, 2.8, 3.8, 7,
+    TargetFigure("against FlexAttention in composition A or C", "x", 2, 2.8, 3.8, 7,
            _ratio(_attention("composition A, LSE merge [flex",
                              "composition C, duplicated keys [flex"), _OURS), "more"),
-    Target("against composition D", "x", 1.5, 2, 2.6, 5,
+    TargetFigure("against composition D", "x", 1.5, 2, 2.6, 5,
            _ratio(_attention("composition D"), _OURS), "more"),
-    Target("against SDPA without a gate, default back end", "x", 1.1, 1.5, 2, 3.9,
+    TargetFigure("against SDPA without a gate, default back end", "x", 1.1, 1.5, 2, 3.9,
            _ratio(_kernel("gated_attention", "both", "sdpa, no gate [default]"), _OURS), "more"),
-    Target("against the best SDPA without a gate", "x", 0.85, 1, 1.5, 3,
+    TargetFigure("against the best SDPA without a gate", "x", 0.85, 1, 1.5, 3,
            _ratio(_attention("sdpa, no gate"), _OURS), "more"),
-    Target("gate on against gate off", "x", 1.08, 1.03, 1, 1,
+    TargetFigure("gate on against gate off", "x", 1.08, 1.03, 1, 1,
            _ratio(_OURS, _kernel("gated_attention", "both", "tcpa triton, no gate"))),
-    Target("norm_match, forward", "us", 27, 21, 19.5, 18, _kernel("norm_match", "forward")),
-    Target("norm_match, backward", "us", 55, 43, 40, 36, _kernel("norm_match", "backward")),
-    Target("training step", "ms", 23, 19, 16.5, 12.8, _STEP),
-    Target("MFU, of the matrix product measured", "%", 52, 63, 72, 86,
+    TargetFigure("norm_match, forward", "us", 27, 21, 19.5, 18, _kernel("norm_match", "forward")),
+    TargetFigure("norm_match, backward", "us", 55, 43, 40, 36, _kernel("norm_match", "backward")),
+    TargetFigure("training step", "ms", 23, 19, 16.5, 12.8, _STEP),
+    TargetFigure("MFU, of the matrix product measured", "%", 52, 63, 72, 86,
            _our_step("MFU", least=False), "more"),
-    Target("step against the official algorithm", "x", 2.5, 3.4, 4, 4.7,
+    TargetFigure("step against the official algorithm", "x", 2.5, 3.4, 4, 4.7,
            _ratio(_step("time", "official, autocast"), _STEP), "more"),
-    Target("against the official algorithm, frozen", "x", 2.3, 3.1, 3.6, None,
+    TargetFigure("against the official algorithm, frozen", "x", 2.3, 3.1, 3.6, None,
            _ratio(_step("time", "official, frozen"), _STEP), "more"),
-    Target("against the official algorithm, frozen and compiled", "x", 1.15, 1.35, 1.55, 1.85,
+    TargetFigure("against the official algorithm, frozen and compiled", "x", 1.15, 1.35, 1.55, 1.85,
            _ratio(_step("time", "official, frozen, compiled"), _STEP), "more"),
-    Target("step of TCPA against VPT-deep, prompts as tokens", "x", 0.92, 0.88, 0.86, 0.846,
+    TargetFigure("step of TCPA against VPT-deep, prompts as tokens", "x", 0.92, 0.88, 0.86, 0.846,
            _ratio(_SAME_FORM, _step("time", "VPT-deep, prompts as tokens"))),
-    Target("step of TCPA against VPT-deep, prompts as keys", "x", 0.92, 0.88, 0.86, None,
+    TargetFigure("step of TCPA against VPT-deep, prompts as keys", "x", 0.92, 0.88, 0.86, None,
            _ratio(_SAME_FORM, _step("time", "VPT-deep"))),
-    Target("against the frozen ViT with a backward pass, same form", "x", 1.1, 1.04, 1.01, 1,
+    TargetFigure("against the frozen ViT with a backward pass, same form", "x", 1.1, 1.04, 1.01, 1,
            _ratio(_SAME_FORM, _step("time", "frozen backbone, with backward"))),
-    Target("peak memory of a step", "GB", 9, 6.5, 5, 4.85, _gigabytes),
-    Target("training epoch of CUB, from cache or device", "s", 1.2, 0.95, 0.8, 0.65, _epoch),
+    TargetFigure("peak memory of a step", "GB", 9, 6.5, 5, 4.85, _gigabytes),
+    TargetFigure("training epoch of CUB, from cache or device", "s", 1.2, 0.95, 0.8, 0.65, _epoch),
 )  # fmt: skip
 
 

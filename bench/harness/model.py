@@ -1,5 +1,6 @@
 """The model of a provider, its step, which is the training program's own, and what it computes."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from tcpa import PromptConfig, PromptedViT, TCPAConfig, VPTConfig, vit, wrap
 
+from ...cli import UsageError
 from ...train.engine.precision import NUMERICS, Numerics
 from ...train.engine.step import Step, losses
 from .case import StepCase
-from .check import Answer
+from .check import Answer, ReferenceCache, Skipped, WrongResultError
 from .provider import CLUSTERS, INPUT_PROMPTS, StepProvider
 
 PRECISIONS = {
@@ -206,3 +208,49 @@ def plain_answer(case: StepCase, provider: StepProvider) -> Answer:
 def _array(tensor: Tensor) -> np.ndarray:
     exact = tensor.detach().cpu()
     return (exact if exact.dtype == torch.float64 else exact.float()).numpy().copy()
+
+
+def checked_runners(
+    case: StepCase, chosen: Sequence[StepProvider], skipped: Skipped, learning_rate: float = 1e-4
+) -> dict[str, Runner]:
+    """Build all methods, compare what they compute with their plain forms and warm them up.
+
+    Two images say what a batch would, but what is compiled or recorded is so for one size.
+
+    Args:
+        case: model, batch and device; the mode is not looked at.
+        chosen: the methods.
+        skipped: takes those that fail, except for the first.
+        learning_rate: of training.
+
+    Raises:
+        WrongResultError: the first one computes something else.
+        UsageError: it cannot be computed here.
+    """
+    fixed = any(provider.compiled for provider in chosen)
+    size = case.batch if fixed else min(case.batch, 2)
+    cases = [replace(case, mode=mode, batch=size) for mode in ("train", "eval")]
+    references = [ReferenceCache(one, plain_answer) for one in cases]
+    runners: dict[str, Runner] = {}
+    for provider in chosen:
+        try:
+            runner = Runner(case, provider, learning_rate=learning_rate)
+            for one, reference in zip(cases, references, strict=True):
+                reference.prepare(provider)
+                runner.use(one.mode)
+                reference.check(provider, runner.answer(*make_batch(one, runner.model)))
+            for one in cases:
+                runner.use(one.mode)
+                runner.run(*make_batch(case, runner.model))
+        except Exception as error:
+            # Whatever keeps it from being computed is what the user has to know.
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            if not isinstance(error, WrongResultError):
+                where = f"{provider.name}, --model {case.model} --batch {case.batch}"
+                error = UsageError(f"{where}: {reason}")
+            if provider is chosen[0]:
+                raise error from None
+            skipped.add(error)
+        else:
+            runners[provider.name] = runner
+    return runners

@@ -11,7 +11,6 @@ from tcpa.bench import __main__ as cli
 from tcpa.bench import epoch
 from tcpa.bench.epoch import (
     Rate,
-    checked_runners,
     one_form_each,
     rows_of,
     table,
@@ -20,6 +19,7 @@ from tcpa.bench.epoch import (
 from tcpa.bench.harness.case import StepCase
 from tcpa.bench.harness.check import Skipped, WrongResultError
 from tcpa.bench.harness.images import Cached, Files
+from tcpa.bench.harness.model import checked_runners
 from tcpa.bench.harness.provider import StepProvider
 from tcpa.bench.harness.results import load, provenance
 from tcpa.bench.providers.step import providers
@@ -118,12 +118,15 @@ def test_our_best_form_joins_on_a_gpu():
     assert last.graph and last.compiled and last.name.startswith("tcpa")
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_methods_are_checked_before_they_are_timed(precision):
-    case = StepCase(model="vit_tiny_patch16_224", batch=3)
-    on_images = [p for p in providers(precision, "cpu") if p.input_prompt is not None]
+def test_methods_are_checked_before_they_are_timed():
+    case = StepCase(model="vit_tiny_patch16_224", batch=2)
+    on_images = [p for p in providers("float32", "cpu") if p.input_prompt is not None]
     assert len(on_images) == 6
-    assert list(checked_runners(case, on_images, Skipped())) == [p.name for p in on_images]
+    # In low precision a token near two prompts may select either.
+    on_images += [p for p in providers("bfloat16", "cpu") if p.name == "DAM-VP"]
+    names = [p.name for p in on_images]
+    on_images[-1] = replace(on_images[-1], name="low")
+    assert list(checked_runners(case, on_images, Skipped())) == [*names[:-1], "low"]
 
 
 def test_a_method_that_fails_is_left_out_and_named(capsys):

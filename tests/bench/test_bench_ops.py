@@ -14,10 +14,11 @@ from tcpa.bench.harness import timing
 from tcpa.bench.harness.case import Shape, parse_shape
 from tcpa.bench.harness.provider import choose
 from tcpa.bench.harness.results import Results, Row, load, make_rows, provenance
-from tcpa.bench.ops import MODES, OPERATIONS, Operation, Race, call_of
+from tcpa.bench.ops import MODES, Race, call_of
 from tcpa.bench.ops_table import TIME, OperationCase, best_composition, table
 from tcpa.bench.providers.attention import PROVIDERS
 from tcpa.bench.providers.attention_case import AttentionCase
+from tcpa.bench.providers.operations import OPERATIONS, Operation
 from tcpa.cli import UsageError
 
 CPU = torch.device("cpu")
