@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ...cli import UsageError
 from ..data.vtab_tasks import VTAB
+from ..engine.interruption import raise_on_signal
 from ..engine.rundir import LOG
 from ..options.search import SearchConfig
 from ..recipes.choices import Choice, choice_path, conditions_of, write_choice

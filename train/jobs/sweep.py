@@ -12,6 +12,7 @@ import tcpa
 from ...cli import UsageError
 from ..data.splits import NAMES, OFFICIAL_SEED
 from ..data.vtab_tasks import ALL_TASKS, GROUPS, SEEDS, TASKS
+from ..engine.interruption import raise_on_signal
 from ..engine.rundir import LOG
 from ..options.checks import require_known
 from ..options.run import SweepConfig

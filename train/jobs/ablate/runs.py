@@ -22,6 +22,7 @@ from ...demo.methods import PROMPTS, DemoMethod, chosen_methods
 from ...demo.session import DemoProgress
 from ...demo.training import DemoOutcome, DemoTask, run_tasks
 from ...engine.data import Splits
+from ...engine.interruption import raise_on_signal
 from ...engine.rundir import brief, differences
 from ...options.ablate import DEMO, POOL_OPTIONS, AblateConfig
 from ...options.demo import EPOCHS
