@@ -54,9 +54,9 @@ from .tune_cases import (
     BUCKETS,
     DTYPES,
     OPERATIONS,
+    LaunchRow,
     Problem,
     Results,
-    Target,
     candidates,
     make_problem,
     targets,
@@ -138,7 +138,7 @@ def difference(found: Results, expected: Results) -> str | None:
     return None
 
 
-def describe(target: Target, launch: Launch) -> str:
+def describe(target: LaunchRow, launch: Launch) -> str:
     """Return the columns that name a candidate."""
     blocks = " ".join(f"{name}={size}" for name, size in launch.blocks.items())
     registers = "-" if launch.max_registers is None else str(launch.max_registers)
@@ -159,7 +159,7 @@ def _reason(error: BaseException) -> str:
     return next((line for line in lines if "error" in line.lower()), lines[-1]).strip()
 
 
-def right_launches(target: Target, problem: Problem, launches: Sequence[Launch]) -> list[Launch]:
+def right_launches(target: LaunchRow, problem: Problem, launches: Sequence[Launch]) -> list[Launch]:
     """Return the launches that run and compute the right thing; print why others do not."""
     right: list[Launch] = []
     expected: Results | None = None
@@ -186,7 +186,7 @@ def right_launches(target: Target, problem: Problem, launches: Sequence[Launch])
 
 
 def time_launches(
-    target: Target, problem: Problem, launches: Sequence[Launch], clock: Clock, rounds: int
+    target: LaunchRow, problem: Problem, launches: Sequence[Launch], clock: Clock, rounds: int
 ) -> list[Trial]:
     """Time the launches in turn, every round in another order."""
     # What the kernel reads comes from a launch that is known to be right.
@@ -217,7 +217,7 @@ def choose_trial(trials: Sequence[Trial], current: Launch) -> Trial:
 
 
 def tune(
-    target: Target, problem: Problem, current: Launch, clock: Clock, rounds: int
+    target: LaunchRow, problem: Problem, current: Launch, clock: Clock, rounds: int
 ) -> dict[str, Any] | None:
     """Measure the candidates of one row.
 
@@ -302,14 +302,14 @@ def _set_aside(path: Path) -> None:
         print(f"{error}\nkept as {kept}; its rows are measured again where they are asked for")
 
 
-def _current(target: Target, architecture: str) -> Launch:
+def _current(target: LaunchRow, architecture: str) -> Launch:
     """Return the launch in use for a row."""
     dtype, bucket = DTYPES[target.dtype], target.bucket
     return choose_launch(target.operation, architecture=architecture, dtype=dtype, bucket=bucket)
 
 
 def run(
-    rows: Sequence[Target], device: torch.device, path: Path, head: dict[str, str],
+    rows: Sequence[LaunchRow], device: torch.device, path: Path, head: dict[str, str],
     clock: Clock, rounds: int,
 ) -> int:  # fmt: skip
     """Tune rows one after the other and store each; return the exit status."""
@@ -332,7 +332,7 @@ def run(
     return int(failed)
 
 
-def _list(rows: Sequence[Target], architecture: str) -> None:
+def _list(rows: Sequence[LaunchRow], architecture: str) -> None:
     """Print the candidates of every row."""
     print(f"candidates beside the rows of {architecture!r}\n{HEADER}")
     for target in rows:

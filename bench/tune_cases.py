@@ -47,7 +47,7 @@ Results = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
+class LaunchRow:
     """One row to measure."""
 
     operation: str
@@ -60,7 +60,7 @@ class Target:
 
 def targets(
     operations: Sequence[str], dtypes: Sequence[str], buckets: Sequence[str]
-) -> Iterator[Target]:
+) -> Iterator[LaunchRow]:
     """Yield every row of the table with these names, once."""
     rows = {(name, kind, bucket) for name, where, kind, bucket, _ in LAUNCHES if where == DEFAULT}
     for operation in operations:
@@ -68,7 +68,7 @@ def targets(
             dtype = "fp32" if operation == PROMPT_SUM else inputs
             for bucket in buckets:
                 if (operation, DTYPE_CLASSES[DTYPES[dtype]], bucket) in rows:
-                    yield Target(operation=operation, dtype=dtype, bucket=bucket, inputs=inputs)
+                    yield LaunchRow(operation=operation, dtype=dtype, bucket=bucket, inputs=inputs)
 
 
 # Block sizes, warps and limits on registers. Keys go in whole gate words, 32 at least; eight warps
@@ -150,7 +150,7 @@ _TILES: dict[tuple[str, str], tuple[_Shape, ...]] = {
 }
 
 
-def candidates(target: Target, current: Launch) -> list[Launch]:
+def candidates(target: LaunchRow, current: Launch) -> list[Launch]:
     """Return the launches to measure, the current one first."""
     found = [current]
     for *blocks, warps, stages, registers in _settings(target):
@@ -163,7 +163,7 @@ def candidates(target: Target, current: Launch) -> list[Launch]:
     return found
 
 
-def _settings(target: Target) -> Iterator[tuple[Any, ...]]:
+def _settings(target: LaunchRow) -> Iterator[tuple[Any, ...]]:
     """Yield block sizes in the order of the table, warps, stages and the limit on registers."""
     operation, bucket = target.operation, target.bucket
     half = DTYPE_CLASSES[DTYPES[target.dtype]] == "half"
@@ -367,7 +367,7 @@ Problem = AttentionProblem | MatchProblem
 
 
 def make_problem(
-    target: Target, device: torch.device, shape: AttentionShape | MatchShape | None = None
+    target: LaunchRow, device: torch.device, shape: AttentionShape | MatchShape | None = None
 ) -> Problem:
     """Draw the tensors for a row of the table; its representative shape unless one is given."""
     shape, dtype = shape or SHAPES[target.bucket], DTYPES[target.inputs]
@@ -382,10 +382,10 @@ __all__ = [
     "OPERATIONS",
     "SHAPES",
     "AttentionShape",
+    "LaunchRow",
     "MatchShape",
     "Problem",
     "Results",
-    "Target",
     "candidates",
     "make_problem",
     "targets",

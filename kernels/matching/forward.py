@@ -279,14 +279,9 @@ def launch_forward(
 
 
 def _launch_tiles(
-    x: Tensor,
-    given: Tensor | None,
-    matching: Matching,
-    norm: Norm | None,
-    out: Matched,
-    partial: Tensor,
-    launch: Launch,
-) -> None:
+    x: Tensor, given: Tensor | None, matching: Matching, norm: Norm | None, out: Matched,
+    partial: Tensor, launch: Launch,
+) -> None:  # fmt: skip
     weight, bias, eps = norm or Norm(None, None, 0.0)
     gate_strides = (0, 0, 0) if given is None else given.stride()
     match_prompts_fwd_kernel[partial.shape](

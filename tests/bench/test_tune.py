@@ -8,7 +8,7 @@ import torch
 
 from tcpa.bench import __main__ as cli
 from tcpa.bench import tune, tune_cases
-from tcpa.bench.tune_cases import AttentionShape, MatchShape, Target
+from tcpa.bench.tune_cases import AttentionShape, LaunchRow, MatchShape
 from tcpa.cli import UsageError
 from tcpa.kernels import launch
 from tcpa.kernels.launch import Launch, choose_launch, override
@@ -21,7 +21,7 @@ SHAPES = {
     "gated": AttentionShape(batch=2, tokens=9, heads=1, head_dim=16, pool=(3, 4), top_k=2),
     "other": MatchShape(batch=2, tokens=7, width=40, pool=(5, 6), top_k=2),
 }
-FWD = Target(operation="gated_attention_fwd", dtype="fp32", bucket="d64", inputs="fp32")
+FWD = LaunchRow(operation="gated_attention_fwd", dtype="fp32", bucket="d64", inputs="fp32")
 HEAD = {"architecture": "sm_77", "device": "none", "commit": "none"}
 ROW = {
     "operation": "gated_attention_fwd",
@@ -155,7 +155,7 @@ def test_candidates_are_legal(architecture):
 
 
 def test_the_hopper_forward_has_the_expected_candidates():
-    target = Target(operation="gated_attention_fwd", dtype="bf16", bucket="d64", inputs="bf16")
+    target = LaunchRow(operation="gated_attention_fwd", dtype="bf16", bucket="d64", inputs="bf16")
     launches = tune_cases.candidates(target, tune._current(target, "sm_90"))
     found = {(*one.blocks.values(), one.num_warps, one.num_stages) for one in launches}
     for blocks in ((128, 64, 8), (64, 64, 4), (128, 128, 8), (64, 128, 4)):
