@@ -69,7 +69,7 @@ def run_blocks(model: Any, images: Tensor, rows: int | None) -> Passed:
 
     prompts = prompt_kv = None
     shallow = source is not None and source.shallow
-    if shallow:
+    if source is not None and source.shallow:
         entering = source(batch_size)[0].expand(batch_size, -1, -1)
         x = torch.cat((x, entering.to(x.dtype)), dim=1)
     elif source is not None and savings.prompt_kv_once and savings.prompt_keys_only:
@@ -149,7 +149,8 @@ def _run_one(
         options["adapter"] = model.adapters[index]
     if capture is not None:
         options["recorder"] = capture.recorder(index, settings.patches)
-    if prompts is not None and not (source.selects or settings.savings.prompt_keys_only):
+    plain = source is not None and not (source.selects or settings.savings.prompt_keys_only)
+    if prompts is not None and plain:
         # Plain VPT-Deep: prompts are tokens of the block, and dropped after it.
         joined = torch.cat((x, prompts.expand(len(x), -1, -1).to(x.dtype)), dim=1)
         out = run_block(block, joined, settings, rope=rope, **options)

@@ -72,7 +72,7 @@ class MethodConfig:
 
     def replace(self, **changes: Any) -> Self:
         """Return it with other settings, checked again."""
-        return dataclasses.replace(self, **changes)  # pyright: ignore[reportType]
+        return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType]
 
     def validate(self, backbone: Any, choices: "Choices") -> None:
         """Raise ValueError, with the reason, for what makes no sense with it; `wrap` calls this."""

@@ -86,9 +86,11 @@ class Fitted(nn.Module):
     def find_fitted(self) -> None:
         """See whether the values are there, after they were replaced."""
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *args: Any, **options: Any
+    ) -> None:
         self.resize_for(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
         self.find_fitted()
 
 
