@@ -1,4 +1,4 @@
-"""Files that last: written beside their place, flushed to disk, moved into it; full disks told."""
+"""Files that last: written beside their place, flushed to disk, moved into it."""
 
 import errno
 import json
@@ -87,10 +87,10 @@ def sync_folder(folder: Path) -> None:
 def cannot_write(path: Path, error: OSError) -> UsageError:
     """Say that a file in a run's folder could not be written, and what is left."""
     saved = any(path.parent.glob("checkpoint*.safetensors"))
-    goes_on = "goes on from the last checkpoint" if saved else "begins anew: nothing was saved yet"
+    resumes = "resumes from the last checkpoint" if saved else "restarts: nothing was saved yet"
     return UsageError(
         f"{path} could not be written ({error.strerror}); what was there before is unchanged. Make "
-        f"room or choose another --output, then run the same command again: it {goes_on}"
+        f"room or choose another --output, then run the same command again: it {resumes}"
     )
 
 

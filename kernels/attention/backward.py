@@ -15,7 +15,7 @@ float32 partial per sample and head, summed over the batch in fixed order by a t
 One program per head with all 256 keys resident (5 products, not 7) was tried and not kept: its
 accumulators alone take 128 registers a thread, it spills on sm_90 (15 to 31 stores at 32 queries,
 8 warps) and leaves room for one program per multiprocessor; so does one program that walks through
-two halves of the keys. The split form spills nowhere, runs three programs per multiprocessor and
+two halves of the keys. The split form spills nowhere, runs three CTAs per SM and
 fills the device at small batches too.
 
 Axes: B batch, H heads, L tokens, P prompt rows, S = P + L keys, D head dim, W gate words.

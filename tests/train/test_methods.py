@@ -1,5 +1,5 @@
 """Promise: every row of the tables trains, in one engine, what it says and nothing else, and a run
-that stops goes on to bitwise the same end."""
+that stops resumes to bitwise the same end."""
 
 import copy
 import dataclasses
@@ -104,7 +104,7 @@ def test_a_step_changes_what_is_trained_and_nothing_else(method, tmp_path):
         model.fit_clusters(splits_for(method).train.images)
         # Every cluster of it has an image in the batch.
         model.input_prompt.fit(model.plain_features(one_batch(method).images).repeat(2, 1))
-        trainer.begin_anew()
+        trainer.restart()
     trainer.begin(0)
     named = model.trainable_named_parameters()
     assert set(named) <= set(model.trained_tensors())
@@ -122,7 +122,7 @@ def test_settings_of_groups_reach_their_values(tmp_path):
     trainer = make_trainer("dam-vp", tmp_path, learning_rate=3.0)
     trainer.begin(0)
     trainer.model.fit_clusters(splits_for("dam-vp").train.images)
-    trainer.begin_anew()
+    trainer.restart()
     trainer.step(one_batch("dam-vp"), 0, 0, 0)
     named = trainer.model.trainable_named_parameters()
     found = {}
@@ -247,7 +247,7 @@ def test_pruning_rewinds_what_is_left(tmp_path):
     for step in range(3):
         trainer.step(one_batch("e2vpt"), 0, step, step)
     said = stages.before(1)
-    assert said == "pruned to 3 of 5 tokens with 24 segments in all; training begins anew"
+    assert said == "pruned to 3 of 5 tokens with 24 segments in all; training restarts"
     masks = {"tokens.token_mask", "tokens.segment_mask"}
     for name, value in trainer.model.trained_tensors().items():
         assert torch.equal(value, first[name]) == (name not in masks), name

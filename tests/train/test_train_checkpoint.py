@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_is_told_and_the_previous_one_goes_on(tmp_path, cap
     assert run(config, make_splits()).accuracy == expected
     printed = capsys.readouterr().out
     assert "warning: " in printed and CURRENT in printed and "the one before it is used" in printed
-    assert "goes on after step 6 of 6" not in printed and "goes on after step" in printed
+    assert "resumes after step 6 of 6" not in printed and "resumes after step" in printed
 
 
 def test_a_finished_run_is_not_repeated(tmp_path, capsys):

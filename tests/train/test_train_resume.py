@@ -1,4 +1,4 @@
-"""Promise: a run that is killed at any moment goes on to bitwise the same end.
+"""Promise: a run that is killed at any moment resumes to bitwise the same end.
 
 Everything that draws numbers is on: shuffling, augmentation, Mixup, prompt dropout and random
 selection. A run saves after every step here, so that most kills have a checkpoint behind them.
@@ -154,7 +154,7 @@ def test_a_run_that_is_asked_to_end_saves_and_ends_the_same(asked, seldom, train
     found, _ = load_checkpoint(checkpoint)
     assert found is not None and found.state["step"] == step
     assert (tmp_path / "said.txt").read_text() == (
-        f"stopped after step {step} of {STEPS}, which is saved; the same command goes on from there"
+        f"stopped after step {step} of {STEPS}, which is saved; the same command resumes from there"
     )
     assert not list(tmp_path.glob("cub/**/result.json"))
     assert train(tmp_path, **options) == 0
@@ -222,8 +222,8 @@ def test_a_full_disk_is_named_and_nothing_is_lost(fault, train, uninterrupted, t
     assert reason in message and str(tmp_path) in message
     assert "run the same command again" in message
     saved = bool(list(tmp_path.rglob("checkpoint.safetensors")))
-    assert ("it goes on from the last checkpoint" in message) == saved
-    assert ("it begins anew: nothing was saved yet" in message) != saved
+    assert ("it resumes from the last checkpoint" in message) == saved
+    assert ("it restarts: nothing was saved yet" in message) != saved
     assert not list(tmp_path.rglob("*.part"))
     assert train(tmp_path) == 0
     assert_same_end(tmp_path, uninterrupted)

@@ -324,11 +324,11 @@ def test_an_altered_result_is_refused_and_written_again(tmp_path):
 
 def test_a_run_without_its_checkpoints_says_that_it_begins_anew(tmp_path, capsys):
     _, folder, _ = finished(tmp_path, epochs=2)
-    assert "begins anew" not in capsys.readouterr().out
+    assert "restarts" not in capsys.readouterr().out
     for path in (folder / "result.json", *folder.glob("checkpoint*")):
         path.unlink()
     finished(tmp_path, epochs=2)
-    assert f"warning: no checkpoint in {folder}: training begins anew" in capsys.readouterr().out
+    assert f"warning: no checkpoint in {folder}: training restarts" in capsys.readouterr().out
 
 
 def test_a_run_of_one_folder_does_not_answer_for_another(tmp_path):

@@ -1,6 +1,6 @@
 """Fetch files and unpack archives of others.
 
-A download goes on where a connection broke, is checked, and gets its name in one step. Nothing is
+A download resumes where a connection broke, is checked, and gets its name in one step. Nothing is
 unpacked outside the folder, no links, no devices, no bombs.
 """
 

@@ -61,7 +61,7 @@ class Dataset:
     official: dict[str, int]
     """Images of train, val and test under the official protocol."""
 
-    honest: dict[str, int]
+    disjoint: dict[str, int]
     """The same under every other protocol."""
 
     train_per_class: tuple[int, ...] | None = None
@@ -90,12 +90,12 @@ _VPT_SPLITS = (
 def _dataset(
     name: str, title: str, classes: int, counts: tuple[int, int, int], **settings: Any
 ) -> Dataset:
-    """Return an entry; `counts` are of train, val and test, `honest` where those differ."""
+    """Return an entry; `counts` are of train, val and test, `disjoint` where those differ."""
     splits: list[str] = ["train", "val", "test"]
     official = dict(zip(splits, counts, strict=True))
-    honest = dict(zip(splits, settings.pop("honest", counts), strict=True))
+    disjoint = dict(zip(splits, settings.pop("disjoint", counts), strict=True))
     return Dataset(
-        name=name, title=title, classes=classes, official=official, honest=honest, **settings
+        name=name, title=title, classes=classes, official=official, disjoint=disjoint, **settings
     )
 
 
@@ -276,7 +276,7 @@ _ALL = (
         43,
         (21_312, 5328, 12_630),
         # 178 of the 888 tracks of 30 images.
-        honest=(21_300, 5340, 12_630),
+        disjoint=(21_300, 5340, 12_630),
         folder="GTSRB/gtsrb",
         rule="shuffle",
         sources=tuple(
@@ -298,7 +298,7 @@ _ALL = (
             )
         ),
         caution="Images of one physical sign (a track) are in train and in val of the official "
-        "protocol; the honest split keeps tracks whole.",
+        "protocol; the disjoint split keeps tracks whole.",
     ),
     _dataset(
         "svhn",

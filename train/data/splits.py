@@ -199,7 +199,7 @@ def _official_rows(count: int, rule: Rule, split: SplitName) -> tuple[np.ndarray
     order = list(range(count))
     generator.shuffle(order)
     if split == "val":
-        # The official code reads the files anew and lets the same generator go on.
+        # The official code reads the files again and lets the same generator go on.
         order = list(range(count))
         generator.shuffle(order)
     told = "first 80 %" if split == "train" else "last 20 % of another shuffle (leak)"
@@ -219,5 +219,5 @@ def _held_out_rows(listing: Listing, rule: Rule, split: SplitName) -> tuple[np.n
 
 def expected_images(dataset: Dataset, split: SplitName, protocol: str) -> int:
     """Return how many images the published dataset has in a split."""
-    counts = dataset.official if protocol == "official" else dataset.honest
+    counts = dataset.official if protocol == "official" else dataset.disjoint
     return counts["train"] + counts["val"] if split == "trainval" else counts[split]

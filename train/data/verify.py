@@ -59,10 +59,10 @@ def _verify(config: VerifyConfig) -> None:
         print(f"{config.name} {protocol:8} {split:5} {count:7,} images")
     if found.source:
         print(f"{config.name} source: {found.source}")
-    if any(protocol == "honest" for protocol, _ in found.counts):
+    if any(protocol == "disjoint" for protocol, _ in found.counts):
         print(
-            "official: train and val as the official code takes them. honest: without overlap, as "
-            "every other --protocol takes them"
+            "official: train and val as the official code takes them. disjoint: without overlap, "
+            "as every other --protocol takes them"
         )
     for line in found.caches:
         print(line)
@@ -107,7 +107,7 @@ class Verification:
 
     name: str
     counts: dict[tuple[str, SplitName], int] = field(default_factory=dict)
-    """(protocol, split) -> images; the protocols are official and honest, and "every" where they
+    """(protocol, split) -> images; the protocols are official and disjoint, and "every" where they
     do not differ."""
 
     source: str = ""
@@ -154,7 +154,7 @@ def verify(
     found = Verification(name)
     try:
         listing = read_listing(name, root)
-        protocols = ("official", "honest") if name in HTA else ("every",)
+        protocols = ("official", "disjoint") if name in HTA else ("every",)
         splits: tuple[SplitName, ...] = ("train", "val", "test")
         if name in VTAB:
             splits += ("trainval",)

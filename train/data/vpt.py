@@ -1,7 +1,7 @@
 """VPT's split files train.json, val.json and test.json: image name -> class id.
 
 The official code numbers the classes of each file by itself (sorted unique ids of that file); the
-honest rule numbers them once, by the ids of train.json.
+disjoint rule numbers them once, by the ids of train.json.
 """
 
 from pathlib import Path

@@ -108,7 +108,7 @@ def _dataset(name: str, task: VTABTask) -> Dataset:
         folder=f"{ROOT}/{task.folder}",
         rule="given",
         official=counts,
-        honest=counts,
+        disjoint=counts,
         sources=(SourceFile(file=ARCHIVE, urls=(_COPY,), size=4_700_000_000, provides=provides),),
     )
 

@@ -77,7 +77,7 @@ def load_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     if problems:
         raise UsageError(
             f"{'; '.join(problems)}; no whole checkpoint is left. Restore one, or delete "
-            f"{folder} to begin anew"
+            f"{folder} to restart"
         )
     return None, []
 
@@ -112,7 +112,7 @@ class Journal:
 
         Args:
             folder: the run's folder.
-            keep: bytes that the checkpoint knows of; 0 begins anew.
+            keep: bytes that the checkpoint knows of; 0 restarts.
             step: steps done, for TensorBoard.
             tensorboard: also write scalars.
 
@@ -126,7 +126,7 @@ class Journal:
             if size < keep:
                 raise UsageError(
                     f"{self.path}: got {size} bytes, expected {keep} or more, as the checkpoint "
-                    f"says; restore the file, or delete {folder} to begin anew"
+                    f"says; restore the file, or delete {folder} to restart"
                 )
             self._file = self.path.open("ab")
             self._file.truncate(keep)

@@ -103,7 +103,7 @@ class Loop:
             metrics = folder / METRICS
             if self.world.is_main and metrics.exists() and metrics.stat().st_size:
                 warnings.append(
-                    f"no checkpoint in {folder}: training begins anew and {METRICS} is "
+                    f"no checkpoint in {folder}: training restarts and {METRICS} is "
                     "written from the start (a run writes its first checkpoint after "
                     "--checkpoint-seconds)"
                 )
@@ -114,7 +114,7 @@ class Loop:
         except (TypeError, ValueError) as error:
             raise UsageError(
                 f"{folder}: its checkpoint is of another model or version ({error}); choose "
-                "another --output, or delete the folder to begin anew"
+                "another --output, or delete the folder to restart"
             ) from None
         if self.state.scaler:
             self.trainer.scaler.load_state_dict(self.state.scaler)
@@ -198,7 +198,7 @@ class Loop:
             done = self.stages.before(epoch)
             if done is not None:
                 display.say(done)
-            if self.stages.begins_anew(epoch):
+            if self.stages.restarts(epoch):
                 state.best_epoch, state.best_accuracy, self.best = 0, -1.0, {}
         trainer.begin(epoch)
         self._mark = time.perf_counter() - state.unlooked_seconds
@@ -233,7 +233,7 @@ class Loop:
             state.unlooked_seconds = time.perf_counter() - self._mark if waiting else 0.0
             self.save(self._take_pending(), metrics_bytes)
         text = (
-            f"stopped after step {state.step} of {total}, which is saved; the same command goes on "
+            f"stopped after step {state.step} of {total}, which is saved; the same command resumes "
             "from there"
         )
         raise Interrupted(number, text if self.world.is_main else "")

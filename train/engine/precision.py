@@ -12,7 +12,7 @@ from .distributed import World
 
 @dataclass(frozen=True, slots=True)
 class Numerics:
-    """How the model computes; trained values are float32 in all of them."""
+    """How the model computes; trainable parameters are float32 in all of them."""
 
     name: str
     weights: torch.dtype = torch.float32

@@ -108,7 +108,7 @@ def _require_same(folder: Path, description: dict[str, Any]) -> None:
         others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UsageError(
             f"{name}: got {brief(now)}, expected {brief(before)} as in {path}{others}; repeat the "
-            "first command to go on with that run, or choose another --output"
+            "first command to resume that run, or choose another --output"
         )
 
 
@@ -141,7 +141,7 @@ def saved_description(folder: Path) -> dict[str, Any] | None:
         got = "no such file" if found is None else f"a JSON {type(found).__name__}"
         raise UsageError(
             f"{path}: got {got}, expected the configuration with which the run began; restore it, "
-            f"or delete {folder} to begin anew"
+            f"or delete {folder} to restart"
         )
     return found
 
@@ -206,7 +206,7 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
     if not usable:
         raise UsageError(
             f"{path}: got {brief(found)}, expected an entry for every start; restore it, or delete "
-            f"{folder} to begin anew"
+            f"{folder} to restart"
         )
     return found
 

@@ -52,9 +52,9 @@ class Stages:
                 return fit(epoch)
             except ValueError as error:
                 raise UsageError(f"--method {spec.method}: {error}") from None
-        return self._prune() if self.begins_anew(epoch) else None
+        return self._prune() if self.restarts(epoch) else None
 
-    def begins_anew(self, epoch: int) -> bool:
+    def restarts(self, epoch: int) -> bool:
         """Whether another model is trained from an epoch on: earlier ones cannot be chosen."""
         spec = self._spec
         return epoch > 0 and epoch * spec.rounds % spec.epochs == 0
@@ -79,7 +79,7 @@ class Stages:
             prompt.prototypes.copy_(shared)
         if self._spec.meta_prompt is not None:
             prompt.use_meta_prompt(load_meta_prompt(self._spec.meta_prompt))
-        self._trainer.begin_anew()
+        self._trainer.restart()
         return f"{prompt.num_frames} clusters of {min(count, limit):,} training images"
 
     def _gather(self, rows: Tensor | None, width: int, size: int) -> Tensor:
@@ -109,18 +109,18 @@ class Stages:
         return f"source classes chosen for {shape[1]} classes among {shape[0]:,}"
 
     def _prune(self) -> str:
-        """Prune the least important masks and begin anew from the first values."""
+        """Prune the least important masks and restart from the first values."""
         trainer, spec = self._trainer, self._spec
         tokens = trainer.model.tokens
         importance = mask_importance(trainer.model, self._source, self._world, trainer.numerics)
         trainer.model.load_trained(self._initial)
         tokens.prune(*importance, spec.prune_tokens, spec.prune_segments)
-        trainer.begin_anew()
+        trainer.restart()
         left = int(tokens.token_mask.sum())
         parts = int((tokens.segment_mask * tokens.token_mask[:, None]).sum())
         return (
             f"pruned to {left} of {len(tokens.token_mask)} tokens with {parts} segments in all; "
-            "training begins anew"
+            "training restarts"
         )
 
 

@@ -115,11 +115,11 @@ class Trainer:
         self._spec, self.numerics, self._total = spec, numerics, total_steps
         self._mixer = Mixer(spec, model.num_classes)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=numerics.scales_loss)
-        self.begin_anew()
+        self.restart()
         self.loss_sums = torch.zeros(3, device=world.device)
         self.images_seen = 0
 
-    def begin_anew(self) -> None:
+    def restart(self) -> None:
         """Make the optimizer, without any memory, for the parameters that are trained now."""
         graph, device = self._spec.cuda_graph, self.world.device
         self.optimizer = make_optimizer(self.model, self._spec, device, graph=graph)
@@ -208,7 +208,7 @@ class Trainer:
         """
         model = {n.removeprefix("model/"): v for n, v in tensors.items() if n.startswith("model/")}
         self.model.load_trained(model)
-        self.begin_anew()
+        self.restart()
         named = self.model.trainable_named_parameters()
         for saved, value in tensors.items():
             kind, _, rest = saved.partition("/")

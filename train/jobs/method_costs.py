@@ -36,7 +36,7 @@ PARTS = {
     "mapping": "mapping",
     "backbone": "backbone",
 }
-"""Module of the model -> what its trained values are called."""
+"""Module of the model -> what its trainable parameters are called."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +44,7 @@ class MethodCost:
     """What one method trains and computes."""
 
     trained: dict[str, int]
-    """Trained values by part, the head last."""
+    """Trainable parameters by part, the head last."""
 
     evaluation: float
     """FLOPs of an image, prompts' keys and values known from the batch before."""
@@ -54,12 +54,12 @@ class MethodCost:
 
     @property
     def total(self) -> int:
-        """Trained values, the head included."""
+        """Trainable parameters, the head included."""
         return sum(self.trained.values())
 
 
 def method_cost(recipe: Recipe, backbone: str, classes: int, image_size: int | None) -> MethodCost:
-    """Count trained values and FLOPs of the model of a recipe.
+    """Count trainable parameters and FLOPs of the model of a recipe.
 
     Args:
         recipe: says what is trained; its optimiser does not matter.

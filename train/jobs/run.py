@@ -1,9 +1,9 @@
-"""One run, from a configuration to a finished folder; started again, it goes on where it was.
+"""One run, from a configuration to a finished folder; started again, it resumes where it was.
 
 The folder holds `config.json` (everything that decides the result), `environment.json` (versions,
 commit, device, checksums of data and weights; an entry per start), `metrics.jsonl` (see
-`engine.journal`), `tensorboard/`, two checkpoints, and at the end `adapter/` (the trained values of
-the chosen epoch, for `tcpa.from_pretrained`) and `result.json`.
+`engine.journal`), `tensorboard/`, two checkpoints, and at the end `adapter/` (of the chosen
+epoch, for `tcpa.from_pretrained`) and `result.json`.
 """
 
 import os
@@ -184,4 +184,4 @@ def _introduce(display: Display, loop: Loop, pipeline: float) -> None:
     if spec.note:
         display.say(f"note: {spec.note}")
     if loop.state.step:
-        display.say(f"goes on after step {loop.state.step} of {spec.epochs * loop.batches}")
+        display.say(f"resumes after step {loop.state.step} of {spec.epochs * loop.batches}")

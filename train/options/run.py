@@ -79,7 +79,7 @@ class TrainOptions:
     """What is done to the image, in place of the method's own: none, vp, dam-vp, autovp or lion."""
 
     tuning: str | None = None
-    """What is trained besides prompts, in place of the method's own: head, mlp-head, last-block,
+    """What is trained besides, in place of the method's own: head, mlp-head, last-block,
     bias, adapter, adaptformer, side or full."""
 
     parity: bool = False
@@ -119,7 +119,7 @@ class TrainOptions:
     """Peak of the schedule; the recipe's by default."""
 
     weight_decay: float | None = None
-    """Weight decay on every trained value for which the recipe has none of its own; the recipe's by
+    """Weight decay on every parameter for which the recipe has none of its own; the recipe's by
     default."""
 
     match_weight: float | None = None
@@ -150,9 +150,9 @@ class TrainOptions:
     """Side of the crop that the model sees, pixels; the recipe's by default."""
 
     precision: Precision = "auto"
-    """bf16: frozen weights stored in bfloat16, trained values in float32. bf16-autocast: float32
-    weights under autocast. fp16: float16 autocast with loss scaling, as the official code. fp32.
-    auto: bf16 where the device computes it natively, else fp32."""
+    """bf16: frozen weights stored in bfloat16, trainable parameters in float32. bf16-autocast:
+    float32 weights under autocast. fp16: float16 autocast with loss scaling, as the official code.
+    fp32. auto: bf16 where the device computes it natively, else fp32."""
 
     eval_precision: Literal["train", "fp32"] = "train"
     """Precision of evaluations: that of the training, or float32 as in the official code."""
@@ -200,7 +200,7 @@ class TrainOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig(TrainOptions):
-    """Train one method on one dataset; started again, the same command goes on where it was."""
+    """Train one method on one dataset; started again, the same command resumes where it was."""
 
     dataset: Annotated[str, Positional]
     """One of the ten HTA datasets (dtd, cub, nabirds, stanford_dogs, flower102, food101, cifar100,
@@ -231,7 +231,7 @@ class RunConfig(TrainOptions):
 class SweepConfig(TrainOptions):
     """Train every method on every dataset with every seed: one job per GPU, or one after the other.
 
-    Finished runs are skipped and interrupted ones go on, so that the command can be repeated.
+    Finished runs are skipped and interrupted ones resume, so that the command can be repeated.
     """
 
     datasets: Annotated[tuple[str, ...], Positional] = ("hta",)

@@ -1,4 +1,4 @@
-"""Fetching and unpacking: goes on after a break, checks, and lets nothing of an archive escape."""
+"""Fetching and unpacking: resumes after a break, checks, and lets nothing of an archive escape."""
 
 import hashlib
 import http.server
@@ -288,7 +288,7 @@ def test_a_disk_without_room(tmp_path) -> None:
 
 def known(name: str, root: Path):
     """Return the registry's entry with the counts of a small tree."""
-    official, honest = (
+    official, disjoint = (
         {
             split: len(open_split(name, root, split, protocol=protocol).rows)
             for split in ("train", "val", "test")
@@ -298,7 +298,7 @@ def known(name: str, root: Path):
     return replace(
         HTA[name],
         official=official,
-        honest=honest,
+        disjoint=disjoint,
         classes=len(open_split(name, root, "test").class_names),
         train_per_class=None,
         test_per_class=None,
@@ -446,7 +446,7 @@ def test_verify_names_what_differs(tmp_path, monkeypatch) -> None:
     found = verify("dtd", root)
     assert found.problems[:3] == [
         "test (official): got 11 images, expected 12",
-        "test (honest): got 11 images, expected 12",
+        "test (disjoint): got 11 images, expected 12",
         "class 0 (texture0): got 3 test images, expected 4",
     ]
     assert found.problems[3].startswith(f"{broken}: got a file that cannot be decoded (")
@@ -480,7 +480,7 @@ def test_commands(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setitem(HTA, "dtd", known("dtd", root))
     run_verify(config)
     printed = capsys.readouterr().out
-    assert "honest: without overlap, as every other --protocol takes them" in printed
+    assert "disjoint: without overlap, as every other --protocol takes them" in printed
     assert (
         "dtd: each of 12 images of 2 classes can be decoded, the counts are those of the published "
         "dataset" in printed
@@ -494,7 +494,7 @@ def test_verify_of_a_folder_of_ones_own(tmp_path, capsys) -> None:
     run_verify(VerifyConfig(name="folder", data=root, images=False))
     printed = capsys.readouterr().out
     assert printed.endswith("folder: each of 36 images of 3 classes is there\n")
-    assert "folder every    train      16 images" in printed and "honest" not in printed
+    assert "folder every    train      16 images" in printed and "disjoint" not in printed
     (root / "train/class 0/train0.jpg").write_bytes(b"junk")
     with pytest.raises(UsageError) as caught:
         run_verify(VerifyConfig(name="folder", data=root))

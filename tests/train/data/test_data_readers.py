@@ -54,7 +54,7 @@ def test_registry_covers_the_ten() -> None:
             if per_class:
                 total = sum(per_class) if len(per_class) > 1 else per_class[0] * dataset.classes
                 assert total == counts, (dataset.name, given)
-        assert sum(dataset.official.values()) == sum(dataset.honest.values())
+        assert sum(dataset.official.values()) == sum(dataset.disjoint.values())
 
 
 def test_counts_and_labels(tree) -> None:
@@ -135,10 +135,10 @@ def test_vpt_split_files(name, tmp_path) -> None:
         assert ours.labels.tolist() == [ids.index(value) for value in listed.values()]
         assert "VPT's split files" in ours.record["rule"] or split == "test"
     assert len(opened["val"].rows) == CLASSES - 1
-    honest = open_split(name, root, "val", protocol="val")
-    # Val lacks the first class: the official labels are all one too small, the honest ones right.
-    assert (honest.labels == opened["val"].labels + 1).all()
-    assert honest.class_names == before["train"].class_names
+    disjoint = open_split(name, root, "val", protocol="val")
+    # Val lacks the first class: the official labels are all one too small, the disjoint ones right.
+    assert (disjoint.labels == opened["val"].labels + 1).all()
+    assert disjoint.class_names == before["train"].class_names
     # The same images in the same pool, so that one cache serves with and without the files.
     assert [before["test"].pool.key(i) for i in range(5)] == [
         opened["test"].pool.key(i) for i in range(5)

@@ -1,4 +1,4 @@
-"""Splits: the official rules with their faults under `official`, honest ones elsewhere."""
+"""Splits: the official rules with their faults under `official`, disjoint ones elsewhere."""
 
 import random
 
@@ -28,7 +28,7 @@ def rows(name, root, split, protocol):
     return open_split(name, root, split, protocol=protocol).rows
 
 
-def test_honest_splits_share_nothing(tree) -> None:
+def test_disjoint_splits_share_nothing(tree) -> None:
     name, root = tree
     train, val, both = (rows(name, root, split, "val") for split in ("train", "val", "trainval"))
     assert not set(train) & set(val)
@@ -66,9 +66,9 @@ def test_official_splits(tree) -> None:
 
 def test_test_images_do_not_depend_on_the_protocol(tree) -> None:
     name, root = tree
-    official, honest = (open_split(name, root, "test", protocol=p) for p in ("official", "val"))
-    assert official.rows.tolist() == honest.rows.tolist()
-    assert official.labels.tolist() == honest.labels.tolist()
+    official, disjoint = (open_split(name, root, "test", protocol=p) for p in ("official", "val"))
+    assert official.rows.tolist() == disjoint.rows.tolist()
+    assert official.labels.tolist() == disjoint.labels.tolist()
     assert len(official.rows) == len(official.pool)
 
 
@@ -107,7 +107,7 @@ REAL = [
 @pytest.mark.parametrize(("name", "sizes"), REAL, ids=[name for name, _ in REAL])
 def test_our_splits_have_the_official_counts(name, sizes) -> None:
     """With classes of about the real sizes (for NABirds and CUB only the sum is exact)."""
-    counts = HTA[name].honest
+    counts = HTA[name].disjoint
     assert sum(sizes) == counts["train"] + counts["val"]
     labels = np.repeat(np.arange(len(sizes)), sizes)
     share = 0.1 if HTA[name].rule == "vpt" else 0.2
@@ -125,7 +125,7 @@ def test_gtsrb_counts() -> None:
     assert len(tracks) == 888
     keys = [f"{label}/{track}" for track, label in enumerate(tracks) for _ in range(30)]
     val = held_out(np.repeat(tracks, 30), keys, 0.2)
-    assert len(val) == HTA["gtsrb"].honest["val"] == 5340
+    assert len(val) == HTA["gtsrb"].disjoint["val"] == 5340
 
 
 @settings(max_examples=60, deadline=None)

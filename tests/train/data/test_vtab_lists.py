@@ -36,7 +36,7 @@ def test_the_tasks_are_those_of_the_benchmark() -> None:
     assert len({task.folder for task in TASKS.values()}) == 19
     assert SEEDS == (42, 44, 82, 100, 800)
     for name, dataset in VTAB.items():
-        assert dataset.official == dataset.honest
+        assert dataset.official == dataset.disjoint
         assert dataset.official == {"train": 800, "val": 200, "test": TASKS[name].test}
 
 
