@@ -38,7 +38,8 @@ OPTIMIZER_STEPS = {
 LINES = {"library": 29_000, "tests": 15_000}
 FILE_LINES, FUNCTION_LINES, KERNEL_LINES = 300, 60, 110
 LONG_FILES: dict[str, str] = {
-    "tcpa/model.py": "all public methods of the model; a third of it is their docstrings"
+    "tcpa/methods/tcpa.py": "a method is one file",
+    "tcpa/model.py": "all public methods of the model; a third of it is their docstrings",
 }
 LONG_FUNCTIONS: dict[str, str] = {}
 """Places that may exceed the limits, and why."""

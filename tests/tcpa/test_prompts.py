@@ -8,8 +8,7 @@ from models import ARCHITECTURES
 from torch.autograd import gradcheck
 
 from tcpa import TCPAConfig, VPTConfig
-from tcpa.methods.tcpa import PromptPools
-from tcpa.methods.tcpa_options import ConvImagePrompt, SimAM, ValueAffine
+from tcpa.methods.tcpa import ConvImagePrompt, PromptPools, SimAM, ValueAffine
 from tcpa.methods.vpt import VPTPrompts, fourier_transform
 
 F64 = torch.float64
