@@ -78,7 +78,8 @@ def stages(device: str, *, rehearse: bool) -> list[Stage]:
     tune: tuple[str, ...] = ()
     if rehearse:
         half = (*SMALL, "--rounds", "1", "--provider", "VPT-deep")
-        ops = ("--shape", TINY_SHAPE, "--seconds", "0.01")
+        # What is compiled would take most of the time.
+        ops = ("--shape", TINY_SHAPE, "--seconds", "0.01", "--provider", "official", "tcpa")
         epoch = (*SMALL, "--rounds", "1", "--images", "2", "--workers", "0")
         epoch = (*epoch, "--provider", "frozen ViT")
         # There is nothing to run without a GPU, but all of them can be collected.
