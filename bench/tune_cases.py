@@ -299,7 +299,7 @@ class MatchProblem:
         self.ddistance = torch.tensor(float(slope), device=device)
 
     @property
-    def settings(self) -> dict[str, int]:
+    def settings(self) -> dict[str, Any]:
         """Keyword arguments of the operation."""
         return {"cls_top_k": self.shape.top_k, "image_top_k": self.shape.top_k}
 

@@ -198,8 +198,8 @@ def plain_answer(case: StepCase, provider: StepProvider) -> Answer:
     loss = torch.zeros((), dtype=torch.float64, device=images.device)
     weight = 0.0 if model.config is None else model.config.match_weight
     for part, targets in chunks:
-        found = evaluate(model, part, numerics, return_distance=True)
-        share = losses(*found, targets, weight)[0] * (len(part) / len(images))
+        logits, distance = evaluate(model, part, numerics, return_distance=True)
+        share = losses(logits, distance, targets, weight)[0] * (len(part) / len(images))
         share.backward()
         loss += share.detach()
     return answer_of(model, loss)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checks import require, require_choice
 from ..methods.base import WITHOUT_SELECTION
 from ..model import PromptedViT
-from ..reference import cosine_similarity, rank_entries, split_gate
+from ..reference import Selection, cosine_similarity, rank_entries, split_gate
 from .passes import Pool, batches, evaluating, patch_grid
 
 
@@ -143,7 +143,7 @@ def _of_batch(model: PromptedViT, images: Tensor) -> tuple[np.ndarray, np.ndarra
     return cls, image
 
 
-def _ordered(x: Tensor, keys: Tensor, chosen: Tensor, selection: str) -> Tensor:
+def _ordered(x: Tensor, keys: Tensor, chosen: Tensor, selection: Selection) -> Tensor:
     """Put the entries that the gate holds first; the similarities only sort them."""
     exact = torch.promote_types(x.dtype, torch.float32)
     similarity = cosine_similarity(x.to(exact), keys.to(exact))

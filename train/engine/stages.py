@@ -61,7 +61,8 @@ class Stages:
 
     def _fit_clusters(self, epoch: int) -> str:
         """Cluster the first training images as they come, of all processes alike."""
-        model, prompt = self._trainer.model, self._trainer.model.input_prompt
+        model = self._trainer.model
+        prompt: Any = model.input_prompt
         limit, found, count = prompt.config.num_images, [], 0
         for batch in self._source.epoch(epoch):
             with self._trainer.numerics.context(self._world.device):
@@ -111,7 +112,7 @@ class Stages:
     def _prune(self) -> str:
         """Prune the least important masks and restart from the first values."""
         trainer, spec = self._trainer, self._spec
-        tokens = trainer.model.tokens
+        tokens: Any = trainer.model.tokens
         importance = mask_importance(trainer.model, self._source, self._world, trainer.numerics)
         trainer.model.load_trained(self._initial)
         tokens.prune(*importance, spec.prune_tokens, spec.prune_segments)

@@ -1,7 +1,6 @@
 """What `--demo` inspects: TCPA and VPT-deep, trained on the digits a moment ago."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -64,7 +63,7 @@ def _copy(model: tcpa.PromptedViT) -> tcpa.PromptedViT:
     config = model.config
     assert config is not None
     twin = tcpa.wrap(
-        load_backbone(), replace(config), num_classes=NUM_CLASSES, normalization=NORMALIZATION
+        load_backbone(), config.replace(), num_classes=NUM_CLASSES, normalization=NORMALIZATION
     )
     twin.load_state_dict(model.state_dict())
     return twin.eval()

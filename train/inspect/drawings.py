@@ -1,6 +1,7 @@
 """The figures of an inspection: each a PNG file, some as SVG in the page, with what they say."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -81,7 +82,7 @@ def pair_drawings(name: str, selected: ModelSelection) -> Iterator[Drawing]:
         f"{measured.pairs.mean():.2f}, and independent random choices would have "
         f"{measured.chance:.2f}."
     )
-    labels = {"xlabel": "block", "ylabel": "Jaccard index, no unit"}
+    labels: dict[str, Any] = {"xlabel": "block", "ylabel": "Jaccard index, no unit"}
     figure = inspect.draw_lines(lines, title="Overlap of selections", **labels)
     yield finish(figure, f"overlap {name}", caption)
     if not selected.changes:
@@ -97,7 +98,7 @@ def pair_drawings(name: str, selected: ModelSelection) -> Iterator[Drawing]:
         f"{selected.epochs[-1]:g}: {100 * replaced[0].mean():.0f} % after epoch {epochs[0]:g}, "
         f"{100 * replaced[-1].mean():.0f} % after epoch {epochs[-1]:g}, mean over the blocks."
     )
-    labels = {"xlabel": "epoch", "ylabel": "entries that are others at the end, %"}
+    labels: dict[str, Any] = {"xlabel": "epoch", "ylabel": "entries that are others at the end, %"}
     figure = inspect.draw_lines(lines, title="Change of the selections", **labels)
     yield finish(figure, f"change {name}", caption)
 

@@ -149,7 +149,7 @@ def measure(
     block, head = _choose_numbers(subjects[0], config)
     queries = choose_queries(subjects[0], images, config.patch_places())
     shown, few = choose_shown(images, config.show), choose_shown(images, DIVERSITY_IMAGES)
-    options = {"batch_size": config.batch_size}
+    options: dict[str, Any] = {"batch_size": config.batch_size}
     tokens = [query.token for query in queries]
     measured = []
     for subject in subjects:

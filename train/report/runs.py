@@ -208,7 +208,7 @@ def _parts(values: Any, place: str, **kinds: type) -> list[Any]:
     if not isinstance(values, dict):
         raise _Damaged(f"{place} holds a {type(values).__name__}")
     for name, kind in kinds.items():
-        found = values.get(name)
+        found: Any = values.get(name)
         fits = isinstance(found, int | float if kind is float else kind)
         fits = fits and not isinstance(found, bool)
         if not fits or (kind is float and not math.isfinite(found)):
