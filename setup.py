@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent
 FOLDERS = {"tcpa.kernels": "kernels", "tcpa.train": "train", "tcpa.bench": "bench"}
 VERSION = next(
     line.split('"')[1]
-    for line in (ROOT / "tcpa" / "__init__.py").read_text(encoding="utf-8").splitlines()
+    for line in (ROOT / "tcpa" / "provenance.py").read_text(encoding="utf-8").splitlines()
     if line.startswith("__version__")
 )
 

@@ -30,6 +30,7 @@ from .methods.vpt import VPTConfig
 from .model import PromptedViT
 from .official import load_official_state_dict, official_state_dict
 from .ops import gated_attention, match_prompts, norm_match
+from .provenance import __version__ as __version__
 from .reference import (
     gated_attention_reference,
     match_prompts_reference,
@@ -38,8 +39,6 @@ from .reference import (
     role_gate,
     unpack_gate,
 )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "HTA_DATASETS",

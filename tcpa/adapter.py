@@ -24,6 +24,7 @@ from . import vit
 from .checks import config_from_dict, require, require_choice
 from .methods import INPUT_PROMPTS, TOKEN_PROMPTS, TUNINGS
 from .methods.base import PromptConfig, TuningConfig
+from .provenance import __version__
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -94,7 +95,6 @@ def save_pretrained(model: Any, directory: str | os.PathLike[str]) -> None:
 
 def describe(model: Any) -> dict[str, Any]:
     """Return what `adapter_config.json` says of a model."""
-    from . import __version__
 
     backbone = model.backbone
     cfg = getattr(backbone, "pretrained_cfg", None) or {}

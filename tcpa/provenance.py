@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+__version__ = "0.1.0"
+
 
 def commit(length: int = 40) -> str:
     """Return the git commit of the library; "" outside a checkout."""

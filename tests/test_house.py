@@ -35,10 +35,15 @@ OPTIMIZER_STEPS = {
     "train/jobs/meta_prompt.py": "DAM-VP's meta-training sums gradients over datasets",
     "tcpa/golden.py": "repeats the official code's step, in the library alone",
 }
-LINES = {"library": 29_000, "tests": 15_000}
-FILE_LINES, FUNCTION_LINES, KERNEL_LINES = 300, 60, 110
+LINES = {"library": 33_500, "tests": 18_100}
+"""What there is now: only lower it. Goals: 29,000 and 15,000."""
+FILE_LINES, FUNCTION_LINES, KERNEL_LINES = 330, 60, 110
 LONG_FILES: dict[str, str] = {
+    "bench/tune.py": "one command",
+    "bench/tune_cases.py": "the candidate launches, most of it data",
+    "kernels/launch.py": "a third of it is the launch table",
     "tcpa/methods/tcpa.py": "a method is one file",
+    "tcpa/ops.py": "three public operations; half of it is their specification",
     "tcpa/model.py": "all public methods of the model; a third of it is their docstrings",
 }
 LONG_FUNCTIONS: dict[str, str] = {}
@@ -288,23 +293,13 @@ RULES = [
 ]
 
 
-UNFINISHED = [
-    imports_have_no_cycle,
-    methods_are_not_told_apart_by_type,
-    budgets_are_kept,
-    files_and_functions_are_short,
-]
-
-
 @pytest.fixture(scope="module")
 def house():
     return House(ROOT)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_rule(rule, house, request):
-    if rule in UNFINISHED:
-        request.applymarker(pytest.mark.xfail(strict=False, reason="the house is being rebuilt"))
+def test_rule(rule, house):
     found = rule(house)
     assert not found, f"{len(found)} places:\n" + "\n".join(found)
 
@@ -352,9 +347,9 @@ BROKEN = [
     written_twice("with matplotlib.rc_context(): ...", "style"),
     written_twice("from difflib import get_close_matches", "did you mean"),
     written_twice("import hashlib\nx.tobytes()", "tensors"),
-    (budgets_are_kept, {"tcpa/a.py": "\n" * 29_001}, "library: 29,0"),
-    (budgets_are_kept, {"tests/a.py": "\n" * 15_001}, "tests: 15,001"),
-    (files_and_functions_are_short, {"tcpa/a.py": "\n" * 301}, "tcpa/a.py: 301 lines"),
+    (budgets_are_kept, {"tcpa/a.py": "\n" * (LINES["library"] + 1)}, "library: "),
+    (budgets_are_kept, {"tests/a.py": "\n" * (LINES["tests"] + 1)}, "tests: "),
+    (files_and_functions_are_short, {"tcpa/a.py": "\n" * (FILE_LINES + 1)}, "tcpa/a.py: "),
     (files_and_functions_are_short, {"tcpa/a.py": LONG}, "a.py:1: f has 121 lines, at most 60"),
     (files_and_functions_are_short, {"kernels/a.py": LONG}, "at most 110"),
 ]

@@ -71,13 +71,6 @@ class AutoVPConfig(InputConfig):
         chosen_now = self.mapping == "iterative" or (self.mapping == "frequency" and epoch == 0)
         return "mapping" if chosen_now else None
 
-    def border(self, side: int) -> int:
-        return side**2 - self.size_on(side) ** 2
-
-    def border_values(self, side: int, channels: int) -> int:
-        """Those below the image, too."""
-        return channels * side**2
-
     def validate(self, backbone: Any, choices: Choices) -> None:
         if not self.maps_logits:
             return

@@ -158,14 +158,6 @@ class InputConfig(MethodConfig):
         """Return what is found in the training images before an epoch, from 0."""
         return None
 
-    def border(self, side: int) -> int:
-        """Return how many pixels of a channel of a square image it replaces or adds to."""
-        return 0
-
-    def border_values(self, side: int, channels: int) -> int:
-        """Return how many of its parameters are pixels of a square image."""
-        return channels * self.border(side)
-
 
 class TuningConfig(MethodConfig):
     """Trainable parameters besides prompts: the head always."""

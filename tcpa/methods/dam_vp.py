@@ -53,9 +53,6 @@ class DAMVPConfig(VPConfig):
     def fits_before(self, epoch: int) -> Literal["clusters", "mapping"] | None:
         return "clusters" if epoch == 0 else None
 
-    def border_values(self, side: int, channels: int) -> int:
-        return (self.num_clusters or 1) * channels * self.border(side)
-
     def validate(self, backbone: Any, choices: Choices) -> None:
         reason = "frozen weights: the prototypes of DAM-VP are features of the backbone as it was"
         remedy = "train modules beside it instead (AdapterTuning), or use VPConfig"

@@ -42,9 +42,6 @@ class VPConfig(InputConfig):
         """Return the width of the frame on images of a side, pixels."""
         return in_proportion(30, side) if self.width is None else self.width
 
-    def border(self, side: int) -> int:
-        return side**2 - (side - 2 * self.width_on(side)) ** 2
-
     def build(self, backbone: Any, choices: Choices) -> Modules:
         channels, size = vit.input_channels(backbone), image_size(backbone)
         return {"input_prompt": FramePrompt(self, channels, size)}
