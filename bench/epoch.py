@@ -3,7 +3,7 @@
 Usage: tcpa-bench epoch [--device cpu] [--images N] [--source disk cache device] [--provider TEXT]
 
 Every method, with TCPA and without, is trained and tested on generated photos that come from disk,
-from a cache or from the device's memory (see `epoch_data.py`). Three rates in images/s are told
+from a cache or from the device's memory (see `harness/images.py`). Three rates in images/s are told
 apart: the pipeline alone, the model alone on images that are there already, and both together,
 which is what an epoch takes. With fewer photos than CUB has, seconds are scaled up to its 5,394
 training and 5,794 test images.

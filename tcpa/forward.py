@@ -1,7 +1,8 @@
 """One forward pass of a `PromptedViT`, read downward: images, prompts, blocks, logits.
 
 The model holds the state; these functions read it and compute. `block.py` runs one timm block,
-`prompt_kv.py` projects prompts outside the blocks, `ops.py` matches and attends.
+`prompt_kv.py` projects prompts outside the blocks; the method's own file matches and `block.py`
+attends, both through `ops.py`.
 
 Axes: B batch, L tokens, P prompt rows, C width, N blocks, W gate words.
 """

@@ -54,7 +54,7 @@ class Row:
     operation: str
     """What was computed: an operation, "step", "epoch", "copy", ..."""
     shape: str
-    """Name of the shape, which tells all sizes (see `shapes.py`)."""
+    """Name of the shape, which tells all sizes (see `case.py`)."""
     dtype: str
     mode: str
     """"forward", "backward", "both", "train" or "eval"."""

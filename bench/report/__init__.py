@@ -12,8 +12,8 @@ What the figures take from the rows:
 - bars: metrics "time" and "seconds per epoch", at the promised shape or else at the first one;
   providers that compute another function have "no gate", "ungated", "floor" or "other function" in
   their names;
-- roofline: metric "time" of the operations in `cost.OPERATIONS`, ceilings of the command "ceilings"
-  with the metrics "bandwidth" and "rate";
+- roofline: metric "time" of the operations in `costs.operations.OPERATIONS`, ceilings of the
+  command "ceilings" with the metrics "bandwidth" and "rate";
 - kernel-time breakdown: metric "time of KIND", such as "time of matrix products", one row per
   kind, provider and mode; they are stacked, so that they should not overlap;
 - scaling: metric "time" at three or more shapes that differ in P, batch or image size alone.

@@ -19,7 +19,7 @@ from .vpt import drop_elements, init_tokens
 class E2VPTConfig(PromptConfig):
     """Prompt tokens in front of every block, and prompts that are keys and values (ICCV 2023).
 
-    Tokens, and segments of tokens, can be pruned; see `PromptedViT.prune_prompts`.
+    Tokens, and segments of tokens, can be pruned; see `E2VPTPrompts.prune`.
     """
 
     name: ClassVar[str] = "e2vpt"

@@ -22,7 +22,7 @@ class MemoryBatch(NamedTuple):
 
 
 class MemorySource:
-    """Images in memory with the interface of `tcpa.train.data.Batches`: order and noise are
+    """Images in memory with the interface of `tcpa.train.data.batches.Batches`: order and noise are
     functions of (seed, epoch, position), and processes take symmetric pairs of rows."""
 
     def __init__(

@@ -60,7 +60,7 @@ ADAPTED = (
     "images; every row with AdamW and the same schedule in place of its own, and with the same "
     "linear head"
 )
-"""What differs from the registry, for readers of the table."""
+"""What differs from the recipes, for readers of the table."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +116,7 @@ def wrap_backbone(method: DemoMethod) -> tcpa.PromptedViT:
 
 
 def row_of(name: str) -> DemoMethod:
-    """Return a row of the registry at the size of the demo, without optimizer settings."""
+    """Return a row of the tables at the size of the demo, without optimizer settings."""
     row = METHODS[name]
     prompts = row.prompts("digits")
     if prompts is not None:
@@ -131,7 +131,7 @@ def find_rows(names: Sequence[str]) -> tuple[list[DemoMethod], dict[str, str]]:
     """Return the rows that can be put on the demo's backbone, and of the others the reason.
 
     Args:
-        names: of the registry, or "all".
+        names: rows of the tables, or "all".
 
     Raises:
         UsageError: there is no such row, or one that was asked for by name cannot be had.

@@ -17,7 +17,7 @@ from .distributed import World
 
 
 class Source(Protocol):
-    """Batches of one split; `tcpa.train.data.Batches` is one."""
+    """Batches of one split; `tcpa.train.data.batches.Batches` is one."""
 
     num_images: int
 

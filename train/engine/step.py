@@ -1,7 +1,7 @@
 """The one optimizer step: forward, loss, backward, update; nothing in it waits for the device.
 
-`Trainer` calls it with a schedule, mixed images and several processes; the demo, the drawings and
-the benchmarks call it as it is.
+`Trainer` calls it with a schedule, mixed images and several processes; the demo and the
+benchmarks call it as it is.
 
 Axes: n images, K classes.
 """

@@ -153,7 +153,7 @@ class Trainer:
         """Train on a batch.
 
         Args:
-            batch: see `tcpa.train.data`; its images may be changed.
+            batch: see `tcpa.train.data.batches.Batch`; its images may be changed.
             epoch, index: epoch and number of the batch in it, from 0.
             step: number of the step in the training, from 0.
         """

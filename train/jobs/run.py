@@ -2,7 +2,7 @@
 
 The folder holds `config.json` (everything that decides the result), `environment.json` (versions,
 commit, device, checksums of data and weights; an entry per start), `metrics.jsonl` (see
-`engine.journal`), `tensorboard/`, two checkpoints, and at the end `adapter/` (of the chosen
+`engine.checkpoint`), `tensorboard/`, two checkpoints, and at the end `adapter/` (of the chosen
 epoch, for `tcpa.from_pretrained`) and `result.json`.
 """
 

@@ -78,7 +78,7 @@ def _meaning(name: str) -> tuple[Sequence[str], Sequence[str]]:
 
 
 def _rows(published: Iterable[str]) -> list[str]:
-    """Return our methods that have a row in a table, in the order of the registry."""
+    """Return our methods that have a row in a table, in the order of the recipes."""
     there = set(published)
     return [method for method in METHODS if ROWS.get(method) in there]
 

@@ -1,1 +1,1 @@
-"""Every command's options. Imports nothing heavy, so that --help is quick."""
+"""Every command's options."""

@@ -1,4 +1,4 @@
-"""What `data prepare` and `data verify` can be asked for. Imports nothing heavy."""
+"""What `data prepare` and `data verify` can be asked for."""
 
 from dataclasses import dataclass
 from pathlib import Path

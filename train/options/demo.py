@@ -1,4 +1,4 @@
-"""What the demo's commands can be asked for. Imports nothing heavy, so that --help is quick."""
+"""What the demo's commands can be asked for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ def _require_different(name: str, values: Sequence[object], usable: bool, what: 
 
 
 def _require_methods(methods: tuple[str, ...] | None) -> None:
-    """Check a list of rows as far as that needs no registry."""
+    """Check a list of rows as far as that needs no recipes."""
     if methods is not None:
         _require_different("--methods", methods, all(methods), "names of rows, or all")
 

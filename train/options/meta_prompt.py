@@ -1,4 +1,4 @@
-"""What a meta-training can be asked for. Imports nothing heavy, so that --help is quick."""
+"""What a meta-training can be asked for."""
 
 import math
 from dataclasses import dataclass

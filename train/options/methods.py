@@ -1,4 +1,4 @@
-"""What the list of methods can be asked for. Imports nothing heavy, so that --help is quick."""
+"""What the list of methods can be asked for."""
 
 from dataclasses import dataclass
 

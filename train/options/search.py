@@ -1,4 +1,4 @@
-"""What a search can be asked for. Imports nothing heavy, so that --help is quick."""
+"""What a search can be asked for."""
 
 import math
 from dataclasses import dataclass

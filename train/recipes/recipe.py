@@ -1,7 +1,7 @@
 """Recipes: everything that decides the training of one method on one dataset.
 
 Sources: the scripts sh/VFPT_TCPA_*.sh of the official TCPA repository (commit dce8b3a), which exist
-for VFPT + TCPA on the ten HTA datasets alone, and for other methods those that `registry` names.
+for VFPT + TCPA on the ten HTA datasets alone, and for other methods those that `rows` names.
 """
 
 import csv

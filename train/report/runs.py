@@ -37,7 +37,7 @@ class Run:
     starts: list[dict[str, Any]]
     """Entries of the environment record, one for every start."""
     lines: list[dict[str, Any]]
-    """Metrics; see `engine.journal`."""
+    """Metrics; see `engine.checkpoint.Journal`."""
     result: dict[str, Any] | None
     """None: the run is not finished."""
 
