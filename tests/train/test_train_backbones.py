@@ -298,7 +298,7 @@ def test_an_unknown_backbone_is_named(name, near):
     with pytest.raises(UsageError) as caught:
         load_backbone(name, "none")
     assert f"--backbone: got {name!r}" in str(caught.value)
-    assert f"did you mean {near}?" in str(caught.value)
+    assert f"did you mean {near!r}?" in str(caught.value)
 
 
 def test_an_image_size_that_makes_no_whole_patches_is_named():

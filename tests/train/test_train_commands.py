@@ -70,14 +70,14 @@ def test_the_usage_lists_every_command(capsys) -> None:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["rum", "cub"], ("unknown command 'rum'; did you mean run?", "tcpa-train COMMAND")),
-        (["data", "prepair"], ("'data prepair'; did you mean data prepare?", "data verify")),
+        (["rum", "cub"], ("unknown command 'rum'; did you mean 'run'?", "tcpa-train COMMAND")),
+        (["data", "prepair"], ("'data prepair'; did you mean 'data prepare'?", "data verify")),
         (["--epochs", "3"], ("unknown command '--epochs'",)),
         (["run", "cub", "--epoch", "3"], ("--epochs", "tcpa-train run --help")),
         (["run"], ("DATASET", "tcpa-train run --help")),
         (["data", "verify"], ("NAME", "tcpa-train data verify --help")),
         (["run", "cub", "--epochs", "0"], ("--epochs: got 0, expected 1 or more",)),
-        (["run", "cubs"], ("DATASET: got 'cubs'", "did you mean cub?")),
+        (["run", "cubs"], ("DATASET: got 'cubs'", "did you mean 'cub'?")),
         (["run", "cub", "--method", "tcpa"], ("--method: got 'tcpa'",)),
         (["run", "cub", "--data", "nowhere"], ("tcpa-train data prepare cub --data nowhere",)),
         (["sweep", "cub", "cub"], ("DATASETS: got cub, cub",)),

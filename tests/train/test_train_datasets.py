@@ -95,7 +95,7 @@ def test_missing_data_name_the_command_that_fetches_them(tmp_path):
 
 def test_an_unknown_dataset_is_named(tmp_path):
     config = make_config(tmp_path / "runs", dataset="cube", data=tmp_path)
-    with pytest.raises(UsageError, match=r"DATASET: got 'cube', expected dtd, .*mean cub\?"):
+    with pytest.raises(UsageError, match=r"DATASET: got 'cube', expected dtd, .*mean 'cub'\?"):
         run(config)
     assert not (tmp_path / "runs").exists()
 

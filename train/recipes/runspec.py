@@ -185,9 +185,25 @@ def _chosen(config: RunConfig, usual: Recipe, choice: Choice) -> dict[str, Any]:
 
 def _with_prompts(config: RunConfig, prompts: Any) -> Any:
     """Return token prompts with the options that were given."""
+    if _has(prompts, POOLS["top_k"]):
+        _require_entries(config, prompts)
     prompts = _with(config, prompts, POOLS, "with TCPA")
     dropout = "dropout" if prompts is None else prompts.dropout_setting
     return _with(config, prompts, {"prompt_dropout": (dropout,)}, "with prompts")
+
+
+def _require_entries(config: RunConfig, prompts: Any) -> None:
+    """Check --top-k against --pool-size; either may be the recipe's."""
+    for pool in ("cls", "image"):
+        given, usual = config.pool_size, getattr(prompts, f"{pool}_pool_size")
+        entries = usual if given is None else given
+        top_k = getattr(prompts, f"{pool}_top_k") if config.top_k is None else config.top_k
+        enough = top_k <= entries or prompts.coordination == "role"
+        if config.top_k is not None:
+            pair, remedy = f"the {pool} pool's {entries} entries", "lower it or raise --pool-size"
+            require(enough, "--top-k", top_k, f"at most {pair}", remedy)
+        told = f"{top_k} or more, which a token sees of the {pool} pool"
+        require(enough, "--pool-size", entries, told, "raise it or lower --top-k")
 
 
 def _with_input(config: RunConfig, prompt: Any) -> Any:
