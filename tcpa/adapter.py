@@ -65,8 +65,9 @@ def save_pretrained(model: Any, directory: str | os.PathLike[str]) -> None:
         RuntimeError: another model has taken the backbone over.
         OSError: the folder cannot be written.
     """
-    # Not by type: the model calls this, and is not to be imported from here.
-    if not hasattr(model, "trained_tensors"):
+    # The model calls this and is not to be imported from here. Asked of the class: wrappers of
+    # torch.compile and FSDP hand on what they lack themselves.
+    if not hasattr(type(model), "trained_tensors"):
         got = type(model).__name__
         raise TypeError(f"model: got {got}, expected what tcpa.wrap returns; unwrap it (.module)")
     model.require_backbone()

@@ -63,7 +63,6 @@ def choose_impl(
         RuntimeError: an implementation was asked for by name and cannot run; nothing else is run in
             its place.
     """
-    require_choice("impl", impl, IMPLS)
     if not isinstance(device, torch.device):
         raise TypeError(f"device: got {device!r}, expected a torch.device; pass torch.device(...)")
     if not isinstance(dtype, torch.dtype):
@@ -74,6 +73,7 @@ def choose_impl(
 def _choose(
     impl: Impl, device: torch.device, dtype: torch.dtype, num_tokens: int | None
 ) -> tuple[Impl, str]:
+    require_choice("impl", impl, IMPLS)
     if impl == "auto":
         return _choose_fastest(device, dtype, num_tokens)
     reason = None

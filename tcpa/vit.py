@@ -50,7 +50,8 @@ def unsupported_reason(model: nn.Module) -> str | None:
 
 
 def opened_modules(model: ModuleLike) -> dict[str, nn.Module]:
-    """Return the modules that are never called as such, so that hooks of theirs would be silent.
+    """Return the modules that are never called as such, so that hooks of theirs would be silent;
+    norms as long as they are frozen, which `hooked` looks at.
 
     Blocks are opened: their norms, MLPs and output projections are called as modules; the block,
     its attention and the projections of queries, keys and values are not.
@@ -62,20 +63,22 @@ def opened_modules(model: ModuleLike) -> dict[str, nn.Module]:
             layer = getattr(block.attn, name, None)
             if layer is not None:
                 modules[f"blocks.{index}.attn.{name}"] = layer
-        if frozen_layer_norm(block) is not None:
-            modules[f"blocks.{index}.norm1"] = block.norm1
+        modules[f"blocks.{index}.norm1"] = block.norm1
     return modules
 
 
 def hooked(modules: dict[str, nn.Module]) -> list[str]:
-    """Name the modules that carry hooks."""
+    """Name the modules that carry hooks, without norms that are called because they are trained."""
     return [
         name
         for name, module in modules.items()
-        if module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        )
+        and not (name.endswith(".norm1") and _frozen(module) is None)
     ]
 
 
@@ -147,7 +150,10 @@ def embed_images(model: ModuleLike, images: Tensor) -> tuple[Tensor, list[Tensor
 
 def frozen_layer_norm(block: ModuleLike) -> nn.LayerNorm | None:
     """Return a block's first norm if it is a plain LayerNorm whose parameters are frozen."""
-    norm = block.norm1
+    return _frozen(block.norm1)
+
+
+def _frozen(norm: nn.Module) -> nn.LayerNorm | None:
     if type(norm) not in (nn.LayerNorm, LayerNorm, LayerNormFp32):
         return None
     for parameter in norm._parameters.values():

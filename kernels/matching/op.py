@@ -197,6 +197,9 @@ def norm_match(
         One read of x and one write of the normed rows.
     """
     matching = make_matching(cls_keys, image_keys, **settings)
+    # Asked here: within the operation gradients are off.
+    trained = any(p is not None and p.requires_grad for p in (weight, bias))
+    assert not (torch.is_grad_enabled() and trained), "weight, bias: expected frozen ones"
     normed, distance, made, *_ = _norm_match(
         x, weight, bias, eps, cls_keys, image_keys, gate, list(matching)
     )

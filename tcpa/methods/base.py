@@ -221,7 +221,7 @@ class Choices(NamedTuple):
         names = ("config", "input_prompt", "tuning")
         bases = (PromptConfig, InputConfig, TuningConfig)
         for name, base, choice in zip(names, bases, self, strict=False):
-            if choice is not None and not isinstance(choice, base):
+            if choice is not None and not isinstance(choice, tuple(base.kinds.values())):
                 got = type(choice).__name__
                 expected = ", ".join(kind.__name__ for kind in base.kinds.values())
                 raise TypeError(f"{name}: got {got}, expected {expected} or None; create one")

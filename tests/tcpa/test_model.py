@@ -382,6 +382,7 @@ BAD_CALLS = [
     (lambda: wrap(NAME, QUIET), TypeError, "backbone"),
     (lambda: wrap(wrap(TINY.create(), QUIET), QUIET), ValueError, "backbone"),
     (lambda: wrap(TINY.create(), {}), TypeError, "config"),
+    (lambda: wrap(TINY.create(), tcpa.PromptConfig()), TypeError, "config"),
     (lambda: wrap(TINY.create(), QUIET, savings=True), TypeError, "savings"),
     (lambda: wrap(TINY.create(), QUIET, num_classes=-1), ValueError, "num_classes"),
     (lambda: wrap(TINY.create().to("meta"), QUIET, impl="triton"), RuntimeError, "impl"),
@@ -501,6 +502,25 @@ def test_hooks_that_would_never_be_called_are_refused(name):
         model(TINY.images())
     handle.remove()
     assert model(TINY.images()).shape == (3, 5)
+
+
+def test_a_hook_on_a_norm_is_refused_as_long_as_the_norm_is_frozen():
+    model, seen = wrap(TINY.create(), QUIET), []
+    norm = model.backbone.blocks[0].norm1
+    norm.register_forward_hook(lambda *_: seen.append(1))
+    norm.requires_grad_(True)
+    model(TINY.images())
+    assert seen
+    norm.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="norm1"):
+        model(TINY.images())
+
+
+def test_an_unknown_impl_is_refused_when_the_model_runs():
+    model = wrap(TINY.create(), QUIET)
+    model.impl = "tritn"
+    with pytest.raises(ValueError, match="impl"):
+        model(TINY.images())
 
 
 @pytest.mark.parametrize("name", ["blocks.0.norm2", "blocks.1.mlp", "blocks.0.attn.proj", "norm"])

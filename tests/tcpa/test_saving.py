@@ -125,6 +125,14 @@ def test_saving_again_replaces_whole_files_and_failing_keeps_the_old(saved, monk
     )
 
 
+@pytest.mark.parametrize("wrapped", [torch.compile, type], ids=["compiled", "class"])
+def test_what_is_no_model_of_ours_is_refused(wrapped, tmp_path):
+    model = wrap(TINY.create(), tcpa.TCPAConfig(), num_classes=3)
+    with pytest.raises(TypeError, match="model"):
+        tcpa.save_pretrained(wrapped(model), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_missing_folder_or_file_is_named(saved, tmp_path):
     with pytest.raises(FileNotFoundError, match=rf"directory: no {CONFIG_FILE} in .*nowhere"):
         from_pretrained(tmp_path / "nowhere", backbone=TINY.create())
