@@ -373,3 +373,7 @@ def test_the_command_line_lists_its_commands(capsys):
     assert "step" in capsys.readouterr().out
     assert cli.main(["stp"]) == 2 and "unknown command 'stp'" in capsys.readouterr().err
     assert cli.main([]) == 2
+
+
+def test_the_step_of_a_compiled_form_can_be_made():
+    harness_model.Runner(SMALL, replace(PLAIN, compiled=True))

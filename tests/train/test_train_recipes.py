@@ -199,7 +199,7 @@ def test_prompts_without_pools_have_dropout_too(tmp_path):
 
 
 def test_values_that_do_not_fit_each_other_are_named(tmp_path):
-    with pytest.raises(UsageError, match="--top-k: got 9, expected at most cls_pool_size=4"):
+    with pytest.raises(UsageError, match="--top-k: got 9, expected at most the cls pool's 4"):
         resolve(make_config(tmp_path, top_k=9))
     with pytest.raises(UsageError, match=r"--image-size: got 32, expected at most --resize \(16\)"):
         resolve(make_config(tmp_path, resize=16))

@@ -6,6 +6,7 @@ benchmarks call it as it is.
 Axes: n images, K classes.
 """
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -70,8 +71,9 @@ class Step:
                 first run without it. Not with an active scaler.
         """
         self.model, self.optimizer, self.numerics = model, optimizer, numerics
-        self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-        self._module: Any = module or model
+        self.scaler = torch.amp.GradScaler("cpu", enabled=False) if scaler is None else scaler
+        # Not by truth: what torch.compile returns has a length that raises.
+        self._module: Any = model if module is None else module
         on_image = model.input_config
         self._critical = 1.0 if on_image is None else on_image.critical_share
         self._graph = _StepGraph(self) if graph else None
@@ -164,7 +166,8 @@ class _StepGraph:
     """A step as one CUDA graph."""
 
     def __init__(self, step: Step) -> None:
-        self._step = step
+        # No cycle: a step that is replaced takes its graph and memory with it at once.
+        self._step: Any = weakref.proxy(step)
         self._graph: Any = None
         self._inputs: tuple[Tensor, Tensor] | None = None
         self._found: StepOutput | None = None
