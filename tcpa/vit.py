@@ -153,7 +153,7 @@ def frozen_layer_norm(block: ModuleLike) -> nn.LayerNorm | None:
     return _frozen(block.norm1)
 
 
-def _frozen(norm: nn.Module) -> nn.LayerNorm | None:
+def _frozen(norm: ModuleLike) -> nn.LayerNorm | None:
     if type(norm) not in (nn.LayerNorm, LayerNorm, LayerNormFp32):
         return None
     for parameter in norm._parameters.values():

@@ -282,7 +282,8 @@ def recipe_rows() -> list[dict[str, str]]:
     rows = []
     for dataset in SCRIPTS:
         found = recipe(dataset)
-        row = {name: _cell(value(found, found.prompts)) for name, value in COLUMNS.items()}
+        prompts: Any = found.prompts
+        row = {name: _cell(value(found, prompts)) for name, value in COLUMNS.items()}
         rows.append(row)
     return rows
 
